@@ -96,6 +96,8 @@ class Part:
 
     def starts_by_hand(self, state: State) -> bool:
         """`forward_by_hand`, which `backward` then goes back through; False where nothing has been done."""
+        if not type(self).__module__.startswith("rl2_torchrl."):  # it may do more than kernels do
+            Recording.interrupt()
         self.is_by_hand = self.forward_by_hand(state)
         return self.is_by_hand
 

@@ -54,7 +54,7 @@ class RecordedMinibatch:
         self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
         self._norm = self._recording.numbers_for(1)
         self._steps: list[Callable[[], bool]] = []
-        self._end, self._pass = 0, None
+        self._end, self._pass, self._is_made = 0, None, False
         #: What makes each term's values of the numbers that kernels leave.
         self._figures: list[Callable[[list[float]], Values]] = []
         #: The parameters, and their memory, which is theirs as long as it is read here.
@@ -66,7 +66,7 @@ class RecordedMinibatch:
         steps = len(own) * next(iter(chunks.values())).shape[1]
         with one_thread() if steps <= _FEW_STEPS else nullcontext():
             self._run_first(parts, chunks)
-        self.values = self._values(self._recording.numbers.tolist())
+        self.values, self._is_made = self._values(self._recording.numbers.tolist()), True
 
     def close(self) -> None:
         """Hands the memory back, without waiting for whoever collects what refers to itself."""
@@ -157,26 +157,19 @@ class RecordedMinibatch:
 
     def _forward(self, part: Part) -> None:
         before, state = self._state, dict(self._state)  # a part may write in the place of what it reads
-        if _is_ours(part) and self._by_kernels(lambda: part.starts_by_hand(state)) and part.is_by_hand:
+        if self._by_kernels(lambda: part.starts_by_hand(state)) and part.is_by_hand:
             self._kept[part], self._state = [(each, dict(vars(each))) for each in _with_inner(part)], state
             return
-        self._end_step()
 
-        entries = self._shown(part, before)
-        self._program.forward(part, entries)
-        made = {key: self._fixed(entries[key]) for key in part.out_keys}
-        self._state = {**before, **made}
-
-        def again() -> bool:
+        def run() -> State:
             entries = self._shown(part, before)
-            is_other = self._program.forward(part, entries)
-            if is_other or any(entries[key].shape != entry.shape for key, entry in made.items()):
-                return False
-            for key, entry in made.items():
-                entry.copy_(entries[key])
-            return True
+            if self._program.forward(part, entries) and self._is_made:
+                raise ChangedError
+            return {key: entries[key] for key in part.out_keys}
 
-        self._steps.append(again)
+        made: State = {}
+        self._by_python(run, made)
+        self._state = {**before, **made}
 
     def _term(self, term: TermPart, gradients: Gradients) -> None:
         made, number = [], len(self._figures)
@@ -185,14 +178,13 @@ class RecordedMinibatch:
             self._figures.append(figures)
             self._take(found, gradients)
             return
-        self._end_step()
 
         def run() -> Gradients:
             values, found = term.losses_and_gradients(self._shown(term, self._state))
             self._figures[number : number + 1] = [lambda _: values]
             return found
 
-        self._repeat(run, run(), gradients)
+        self._by_python(run, gradients)
 
     def _backward(self, part: Part, gradients: Gradients) -> None:
         slopes = {key: gradients.pop(key) for key in part.out_keys if key in gradients}
@@ -200,7 +192,6 @@ class RecordedMinibatch:
         if part in self._kept and self._by_kernels(lambda: part.backward(found)):
             self._take(found, gradients)
             return
-        self._end_step()
 
         def run() -> Gradients:
             for each, attributes in self._kept.get(part, ()):
@@ -211,7 +202,7 @@ class RecordedMinibatch:
             part.backward(found)
             return found
 
-        self._repeat(run, found if part in self._kept else run(), gradients)
+        self._by_python(run, gradients)
 
     def _take(self, found: Gradients, gradients: Gradients) -> None:
         """Adds to ``gradients`` what kernels have ``found``."""
@@ -223,37 +214,34 @@ class RecordedMinibatch:
         if not self._by_kernels(add):  # but PyTorch, strided ones
             raise ChangedError
 
-    def _repeat(self, run: Callable[[], Gradients], found: Gradients, gradients: Gradients) -> None:
-        """Adds to ``gradients`` what Python has ``found``, and each time what it finds by ``run``."""
-        adds: dict[NestedKey | nn.Parameter, Callable] = {}
-        for source, gradient in found.items():
-            if source in gradients:
-                adds[source] = gradients[source].add_
+    def _by_python(self, run: Callable[[], Gradients | State], total: Gradients | State) -> None:
+        """Copies to ``total`` what Python makes by ``run``, now and each time, or adds it to what is there."""
+        self._end_step()
+        first, writes = run(), {}
+        shapes = {key: made.shape for key, made in first.items()}
+        for key, made in first.items():
+            if key in total:
+                writes[key] = total[key].add_
             else:
-                is_own = isinstance(source, nn.Parameter)  # which keeps its own
-                gradients[source] = self._fixed(gradient, Workspace.make if is_own else Workspace.take)
-                adds[source] = gradients[source].copy_
-            adds[source](gradient)
+                place = Workspace.make if isinstance(key, nn.Parameter) else Workspace.take  # a parameter keeps its own
+                with self._recording.on():
+                    total[key] = place(made, tuple(made.shape))
+                writes[key] = total[key].copy_
+            writes[key](made)
 
         def again() -> bool:
             found = run()
-            if found.keys() != adds.keys():
+            if {key: made.shape for key, made in found.items()} != shapes:
                 return False
-            for source, gradient in found.items():
-                adds[source](gradient)
+            for key, made in found.items():
+                writes[key](made)
             return True
 
         self._steps.append(again)
 
-    def _fixed(self, entry: torch.Tensor, place: Callable = Workspace.take) -> torch.Tensor:
-        """A copy of ``entry`` where the kernels will read it again."""
-        with self._recording.on():
-            copy = place(entry, tuple(entry.shape))
-        return copy.copy_(entry)
-
     def _shown(self, part: Part, state: State) -> State:
         """``state`` for ``part``, copies of what it reads where it may keep that."""
-        if part.is_by_hand and _is_ours(part):
+        if part.is_by_hand:
             return dict(state)
         if part not in self._read:
             paths = list(map(_path, part.in_keys))
@@ -264,11 +252,6 @@ class RecordedMinibatch:
 def _with_inner(part: Part) -> list[Part]:
     """``part``, and those that it is made of."""
     return [part, *(each for each in vars(part).values() if isinstance(each, Part))]
-
-
-def _is_ours(part: Part) -> bool:
-    """Whether ``part`` is known to say what it does beside kernels."""
-    return all(type(each).__module__.startswith("rl2_torchrl.") for each in _with_inner(part))
 
 
 def _path(key: NestedKey) -> tuple[str, ...]:
