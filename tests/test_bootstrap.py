@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical, Unbounded
 from torchrl.envs import Compose, SerialEnv, TransformedEnv
-from torchrl.objectives.value import GAE
+from torchrl.objectives.value import GAE, TD0Estimator, TDLambdaEstimator
 
 from rl2_torchrl import (
     ActorCritic,
@@ -29,6 +29,8 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checks import TrainingCheckError, check_training
 from rl2_torchrl.envs import TensorEnv
+from rl2_torchrl.modules import GRUCore, LSTMCore, RecurrentCore
+from rl2_torchrl.objectives.advantages import advantages_of
 
 
 def networks(env, wiring="own"):
@@ -155,6 +157,44 @@ def test_torchrls_gae_has_room_for_what_is_beyond_truncated_trials_or_is_refused
     for key in ("advantage", "value_target"):
         torch.testing.assert_close(theirs[key], ours[key], rtol=0, atol=1e-6)
     loss(theirs)
+
+
+class Warm(RecurrentCore):
+    """Begins with a memory of its own."""
+
+    def __init__(self, input_size):
+        super().__init__(4, {"hidden": (4,)}, input_size=input_size)
+        self.cell = nn.GRUCell(input_size, 4)
+
+    def initial_memory(self, num_rows):
+        return (torch.ones(num_rows, 4),)
+
+    def step(self, x, hidden):
+        hidden = self.cell(x, hidden)
+        return hidden, hidden
+
+
+@pytest.mark.parametrize("estimator", [partial(GAE, lmbda=0.8), TD0Estimator, partial(TDLambdaEstimator, lmbda=0.8)])
+@pytest.mark.parametrize("core", [GRUCore, LSTMCore, Warm])
+@pytest.mark.parametrize("trial", [{"steps": 5}, {"steps": 1, "truncate": True}])
+def test_torchrls_estimators_beyond_a_trials_first_step(trial, core, estimator):
+    """A row's last step, of 11, or one that is truncated: the critic remembers it, or who would let it forget is refused."""
+    env = trials(lines(), lambda size, generator: torch.full((*size, 1), 9.0), **trial)
+    actor, _ = networks(env)
+    options = {} if core is Warm else {"hidden_size": 4}
+    critic = GRUValueHead.from_env(env, core=partial(core, **options), hidden_size=None, init_range=1.0)
+    batch = collected(env, actor, critic, 11, None)[0]
+    theirs = estimator(gamma=0.9, value_network=critic, shifted=True, shifted_budget=12)
+    if core is Warm:
+        with pytest.raises(
+            ValueError, match="3?3 rows end with a trial's first step.*Warm begins its memory anew there. Take Trial"
+        ):
+            advantages_of(theirs, None, batch)
+        return
+    found = advantages_of(theirs, None, batch.clone())
+    lmbda = getattr(theirs, "lmbda", torch.zeros(()))
+    ours = TrialAdvantage(gamma=0.9, lmbda=float(lmbda), value_target="gae", normalize=False, critic=critic)(batch)
+    torch.testing.assert_close(found["advantage"], ours["advantage"], rtol=0, atol=1e-6)
 
 
 def test_a_critic_that_is_given_is_asked_and_an_advantage_serves_several_updates():

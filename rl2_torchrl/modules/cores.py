@@ -87,6 +87,10 @@ class RecurrentCore(TensorDictModuleBase):
     def _starts_from_zeros(self) -> bool:
         return not others_than(RecurrentCore, self, ["initial_memory"])
 
+    def starts_as_stored(self) -> bool:
+        """Whether a trial within a row starts from the memory that is stored at its first step, not from `initial_memory`."""
+        return self._starts_from_stored and self._starts_from_zeros()
+
     def step_function(self) -> Callable[..., Tensors]:
         """``(x, *memory) -> (features, *memory)``: one step of a rollout, without gradient; memories of None start anew.
 
@@ -119,7 +123,7 @@ class RecurrentCore(TensorDictModuleBase):
 
     def unroll(self, x: Tensor, memory: Tensors | None, is_init: Tensor | None, *, with_memory: bool = True) -> Tensors:
         """`sequence`, and the memories ``[N, T, *shape]`` after each trial's last step in its row, 0 elsewhere."""
-        is_stored = memory and self._starts_from_stored and self._starts_from_zeros()
+        is_stored = memory and self.starts_as_stored()
         initial = None if is_stored else self.initial_memory(x.shape[0])
         state, outputs = tuple(m[:, 0] for m in memory) if memory else initial, []
         for t in range(x.shape[1]):

@@ -38,6 +38,7 @@ class FastGRUModule(RecurrentCore, GRUModule):
     """
 
     recurrent_mode = GRUModule.recurrent_mode
+    _starts_from_stored = True  # as in TorchRL's
 
     def __init__(self, *args, **kwargs):
         GRUModule.__init__(self, *args, **kwargs)

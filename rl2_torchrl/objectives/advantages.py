@@ -1,6 +1,7 @@
 """`TrialAdvantage`: GAE and returns over trials, from the values stored at collection."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -13,7 +14,8 @@ from torchrl.objectives.value import TD1Estimator, ValueEstimatorBase
 
 from rl2_torchrl import kernels
 from rl2_torchrl.arguments import require_flags, require_time_last
-from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.actor_critic import cores_of, hidden_keys
+from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
 
 __all__ = ["TrialAdvantage", "advantages_of", "require_all_valid", "require_rows_whole"]
@@ -166,13 +168,18 @@ def advantages_of(advantage: Callable, critic: TensorDictModuleBase | None, batc
 
     Raises:
         TypeError: ``advantage`` returned no batch.
-        ValueError: it has not found all of its advantages (`require_all_valid`).
+        ValueError: it has not found all of its advantages (`require_all_valid`), or would begin a memory at the wrong step.
     """
+    is_torchrls = isinstance(advantage, ValueEstimatorBase)
+    if is_torchrls:
+        _require_no_start_beyond(advantage, batch)
     # Not in the module tree: the parameters belong to the loss.
     attributes = {} if critic is None else advantage.__dict__
     attributes["stand_in"] = critic
     try:
-        out = advantage(batch)
+        # Step by step a memory would begin anew beyond a row whose last step is a trial's first: TorchRL takes on its flag there.
+        with set_recurrent_mode(True) if is_torchrls else nullcontext():
+            out = advantage(batch)
     except KeyError as error:
         if type(advantage) is not TrialAdvantage:  # which says itself what it misses
             error.add_note(
@@ -210,6 +217,23 @@ def require_rows_whole(advantage: Callable) -> None:
             f"{name} would ask the critic, whose memory is {memory}, for each step's successor apart from the step, and begin "
             f"with another memory there, so that advantages are wrong: let it see rows whole, {name}(..., shifted=True), or "
             "take TrialAdvantage(), which reads the values that are stored."
+        )
+
+
+def _require_no_start_beyond(estimator: ValueEstimatorBase, batch: TensorDictBase) -> None:
+    """ValueError where ``estimator`` would let a core begin anew at the step beyond a trial's first, with a memory of its own."""
+    critic, starts = estimator.value_network, batch.get("is_init", None)
+    cores = [] if critic is None else [core for core in cores_of(critic) if isinstance(core, RecurrentCore)]
+    if starts is None or all(core.starts_as_stored() for core in cores):
+        return
+    done = batch["next", "done"]
+    terminated, beyond = batch.get(("next", "terminated"), done), done.clone()
+    beyond[..., -1, :] = True
+    if count := int((starts & beyond & ~terminated).sum()):
+        name = type(estimator).__name__
+        raise ValueError(
+            f"{count} rows end with a trial's first step, or a trial of one step is truncated: {name} would ask the critic for the "
+            f"step beyond as for a first one, and {type(cores[0]).__name__} begins its memory anew there. Take TrialAdvantage()."
         )
 
 
