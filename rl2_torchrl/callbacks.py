@@ -22,7 +22,7 @@ class Callback:
         ...     largest = 0.0
         ...
         ...     def after_update(self, row, progress):
-        ...         self.largest = max(self.largest, row["train/max_ratio"])
+        ...         self.largest = max(self.largest, row.get("train/max_ratio", 0.0))
         ...         return {"largest_ratio": self.largest}
         >>> LargestRatio().after_update({"env_steps": 640.0, "train/max_ratio": 1.25}, progress=0.0)
         {'largest_ratio': 1.25}
@@ -40,7 +40,9 @@ class Callback:
         """A batch ``[*B, T]`` is collected and no update has seen it. What is changed in it, the update sees."""
 
     def after_update(self, row: dict[str, float], progress: float) -> dict[str, float] | None:
-        """The networks have learnt from the batch; ``row`` holds the update's scalars.
+        """The networks have learnt from the batch; ``row`` holds the update's scalars, under ``train/``.
+
+        Of a first batch, of which a normalisation (``normalize=True``) is told and nothing is learnt, it holds no losses.
 
         Returns:
             Scalars to add to the row, by names that it does not hold yet, hence to history and logger; or None.

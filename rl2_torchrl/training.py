@@ -90,9 +90,9 @@ def train(
             ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
             is (``total_frames``) may always change.
         stop: called with each update's scalars, those of an evaluation among them, by the names that ``history`` has:
-            ``"env_steps"``, ``"train/..."``, ``"time/seconds"`` (of the whole run, with those before a resume: a job's own limit
-            is a clock of its own); True ends the training early. One that counts, such as evaluations in a row, has a
-            ``state_dict`` and a ``load_state_dict``, for checkpoints.
+            ``"env_steps"``, ``"train/..."`` (no losses where a first batch told a normalisation alone), ``"time/seconds"`` (of the
+            whole run, with those before a resume: a job's own limit is a clock of its own); True ends the training early. One that
+            counts, such as evaluations in a row, has a ``state_dict`` and a ``load_state_dict``, for checkpoints.
         check: look for what goes wrong without a word (`check_training`) on the first batch, before the first update; it
             costs less than an iteration. An ``update`` that is no `PPOUpdate` cannot be checked.
         progress: show a progress bar.

@@ -26,6 +26,7 @@ from rl2_torchrl import (
     Trial,
     TrialAdvantage,
     TrialCollector,
+    train,
 )
 from rl2_torchrl.checks import TrainingCheckError, check_training
 from rl2_torchrl.envs import TensorEnv
@@ -290,6 +291,15 @@ def test_rows_that_begin_anew_in_each_batch_go_on_from_no_memory():
     # What its critic reads beyond a cut an advantage needs there too.
     with pytest.raises(TrainingCheckError, match=r"kept_at_cuts.*lacks \[\('next', 'trans'\)"):
         check_training(*walks(-99.0, reset_at_each_iter=True, episodes=3))
+
+
+def test_a_critic_that_the_collector_does_not_play_is_told_of_where_trials_are_cut():
+    """No keep= could mend that."""
+    env = trials(lines(), steps=5)
+    actor, critic = networks(env)
+    alone = TrialCollector(env, actor, frames_per_batch=9, total_frames=9)
+    with pytest.raises(TrainingCheckError, match=r"hands no \['critic_hidden'\] on.*ActorCritic\(actor, critic\)"):
+        train(alone, PPOUpdate(RL2PPOLoss(actor, critic), bptt=3), evaluate=None, progress=False)
 
 
 def test_a_batch_that_cuts_trials_whose_ends_are_not_kept_is_an_error():

@@ -9,6 +9,7 @@ from torchrl.envs import EnvBase
 
 from rl2_torchrl.checks.evidence import Evidence, NotChecked, Rule
 from rl2_torchrl.envs.tensor_env import TensorEnv
+from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.trial import Trial, base_of, is_within, rows_of, transforms_of
 
 __all__ = ["RULES"]
@@ -45,6 +46,16 @@ def kept_at_cuts(seen: Evidence) -> str | None:
     if not (missing := [key for key in needed if not seen.has(key)]):
         return None
     cut = int((~seen.flag(("next", "done"))[:, -1]).sum())
+    policy = getattr(seen.collector, "policy", None)
+    if (
+        cut
+        and policy is not None
+        and (unplayed := [key for key in seen.probe.memory if key not in hidden_keys(policy)])
+    ):
+        return (
+            f"{cut} trials are cut by the batch's end, and the collector's policy hands no {unplayed} on, which no keep= brings: "
+            "collect with ActorCritic(actor, critic)"
+        )
     if cut:
         return f"{cut} trials are cut by the batch's end, and it lacks {missing}: PPOUpdate(..., bptt={steps}) asks for them"
     if not seen.ask(_is_of_one_length):
