@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from operator import index
 from os import PathLike
 from typing import Any, SupportsIndex
@@ -26,7 +27,7 @@ __all__ = [
         "require_env",
         "require_flags",
     ),
-    *("require_folder_name", "require_generator", "require_network", "require_own_name"),
+    *("require_folder_name", "require_generator", "require_network", "require_numbers", "require_own_name"),
     *("require_time_last", "require_torch", "whole", "whole_numbers"),
 ]
 
@@ -119,6 +120,15 @@ def require_folder_name(**arguments: str | PathLike) -> None:
         if value == "":
             raise ValueError(
                 f"{name} is empty, and files would go to the current folder: name one, or that, {name}='.'."
+            )
+
+
+def require_numbers(**arguments: Any) -> None:
+    """TypeError where what is given is neither a number nor None, such as text: YAML's ``1e-3`` is, ``1.0e-3`` is none."""
+    for name, value in arguments.items():
+        if not isinstance(value, Real | torch.Tensor | None):
+            raise TypeError(
+                f"{name}={value!r} is no number but {kind_of(value)}: in YAML write 1.0e-3, since 1e-3 is text."
             )
 
 

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives import ClipPPOLoss
 
-from rl2_torchrl.arguments import kind_of, noted, require_flags, whole
+from rl2_torchrl.arguments import kind_of, noted, require_flags, require_generator, require_numbers, whole
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.workspace import keep_freed_memory
 from rl2_torchrl.learners import Learners
@@ -135,6 +135,8 @@ class PPOUpdate:
                 "process_group= is a part of it: leave that to TrialAdvantage(normalize=True), which sees the joint batch."
             )
         require_flags(shuffle=shuffle)
+        require_numbers(lr=lr, max_grad_norm=max_grad_norm, target_kl=target_kl)
+        require_generator(generator)
         self.loss = loss
         self.normalizations()
         self.advantage = TrialAdvantage() if advantage is None else advantage

@@ -564,7 +564,21 @@ CASES = [
         "too many values",
     ),
     row("belief of a size in words", lambda: TaskBelief(4, "3"), ValueError, "target_size='3'.*whole number"),
-    row("one term", lambda: RL2PPOLoss(actor(), critic(), terms=TaskBelief(4, 3)), TypeError, "not iterable"),
+    row("one term", lambda: RL2PPOLoss(actor(), critic(), terms=TaskBelief(4, 3)), TypeError, "terms=.*no list"),
+    row("a function", lambda: RL2PPOLoss(actor(), critic(), terms=[abs]), TypeError, "nn.Module with in_keys"),
+    row("YAML's 1e-3", lambda: update(None, lr="1e-3"), TypeError, "lr='1e-3' is no number but str"),
+    row("a bound as text", lambda: update(None, max_grad_norm="0.5"), TypeError, "max_grad_norm='0.5' is no number"),
+    row("a seed for a generator", lambda: update(None, generator=0), TypeError, "int is no generator"),
+    row("a discount as text", lambda: TrialAdvantage(gamma="0.9"), TypeError, "gamma='0.9' is no number"),
+    row(
+        "a clip as text", lambda: RL2PPOLoss(actor(), clip_epsilon="0.2"), TypeError, "clip_epsilon='0.2' is no number"
+    ),
+    row(
+        "a weight as text",
+        lambda: RL2PPOLoss(actor(), entropy_bonus=True, entropy_coeff="0.01"),
+        TypeError,
+        "entropy_coeff='0.01' is no number",
+    ),
     row(
         "belief of other features",
         lambda: update(collect(), terms=[TaskBelief(32, 3)]),

@@ -13,7 +13,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.value import TD1Estimator, ValueEstimatorBase
 
 from rl2_torchrl import kernels
-from rl2_torchrl.arguments import require_flags, require_time_last
+from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
 from rl2_torchrl.modules.actor_critic import cores_of, hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
@@ -69,6 +69,7 @@ class TrialAdvantage(nn.Module):
     ):
         super().__init__()
         require_flags(normalize=normalize, scale_rewards=scale_rewards)
+        require_numbers(gamma=gamma, lmbda=lmbda)
         for name, value in (("gamma", gamma), ("lmbda", lmbda)):
             if not 0 <= value <= 1:  # NaN is no such number either
                 raise ValueError(f"{name}={value} must lie in [0, 1]: beyond 1 sums over a trial grow without bound.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 
-from rl2_torchrl.arguments import as_list, require_flags, require_time_last
+from rl2_torchrl.arguments import as_list, kind_of, require_flags, require_numbers, require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, Program, State, parts_of
 from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.networks import leaves_of
@@ -86,7 +86,13 @@ class RL2PPOLoss(ClipPPOLoss):
         # ClipPPOLoss's other names for the two.
         actor_network, critic_network = kwargs.pop("actor", actor_network), kwargs.pop("critic", critic_network)
         require_networks("RL2PPOLoss", actor_network, *([critic_network] if critic_network is not None else []))
-        terms, options = list(terms), {**_DEFAULTS, **kwargs}
+        terms, options = as_list("terms", terms), {**_DEFAULTS, **kwargs}
+        if strangers := [
+            kind_of(term) for term in terms if not isinstance(term, nn.Module) or not hasattr(term, "in_keys")
+        ]:
+            raise TypeError(
+                f"terms holds {strangers}: a term is an nn.Module with in_keys, the entries that its forward reads."
+            )
         _require_one_writer(terms, actor_network, critic_network)
         _require_options(clip_epsilon, critic_coeff, entropy_coeff, options)
         if isinstance(entropy_coeff, Real):  # NumPy's are no numbers to TorchRL
@@ -308,9 +314,16 @@ def _require_options(clip_epsilon, critic_coeff, entropy_coeff, options: Mapping
         raise TypeError(f"RL2PPOLoss has no options {unknown}, and would train without them: there are {there}.")
     require_flags(**{name: value for name, value in options.items() if isinstance(known[name].default, bool)})
     low, high = clip_epsilon if isinstance(clip_epsilon, tuple | list) else (clip_epsilon, clip_epsilon)
+    coefficients = list(entropy_coeff.values()) if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
+    for name, values in {
+        "clip_epsilon": (low, high),
+        "critic_coeff": (critic_coeff,),
+        "entropy_coeff": coefficients,
+    }.items():
+        for value in values:
+            require_numbers(**{name: value})
     if not (0 < low <= 1 and high > 0):
         raise ValueError(f"{clip_epsilon=} must lie in (0, 1]: the lowest ratio is 1 - that. Usual are 0.1 to 0.3.")
-    coefficients = list(entropy_coeff.values()) if isinstance(entropy_coeff, Mapping) else [entropy_coeff]
     if any(weight is not None and not weight >= 0 for weight in (critic_coeff, *coefficients)):
         raise ValueError(
             f"{critic_coeff=} and {entropy_coeff=} are at least 0: less would unlearn the values, or exploring."
