@@ -49,8 +49,9 @@ class TrialCollector(Collector):
         rollout: ``"tensors"``, `Rollout`'s steps; ``"tensordicts"``, `Collector`'s own loop; ``"auto"``, the first where it can
             serve.
         **kwargs: as for `Collector`. Other defaults: ``auto_register_policy_transforms=True`` (memory is never lost),
-            ``return_same_td=True`` (a batch is written over the last one, but not with a ``replay_buffer``), and
-            ``track_traj_ids=False`` but for ``split_trajs`` and ``trajs_per_batch``: ``"is_init"`` marks trials.
+            ``return_same_td=True`` (a batch is written over the last one, in which what has been added to that, such as advantages,
+            still stands, to be made anew; but not with a ``replay_buffer``), and ``track_traj_ids=False`` but for ``split_trajs``
+            and ``trajs_per_batch``: ``"is_init"`` marks trials.
 
     Attributes:
         reason: why `backend` is that, where it is not the fastest; None where it is.

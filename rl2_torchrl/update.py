@@ -17,7 +17,7 @@ from tensordict.utils import unravel_key
 from torch import nn
 from torch.distributed import ProcessGroup
 from torchrl.modules import GRUModule, LSTMModule
-from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives import ClipPPOLoss, PPOLoss
 
 from rl2_torchrl.arguments import kind_of, noted, require_flags, require_generator, require_numbers, whole
 from rl2_torchrl.gradients.program import Values
@@ -321,7 +321,9 @@ class PPOUpdate:
         following = (keys.reward, keys.done, keys.terminated, *(key for n in self._networks() for key in n.in_keys))
         estimators = {*memory, *(unravel_key(("next", key)) for key in following)}
         between = written.intersection(key for network in self._networks() for key in network.in_keys)
-        read += [key for key in loss.in_keys if key not in between | estimators]
+        # As they were set: what stands there twice somebody has added, who reads it.
+        given = PPOLoss.in_keys.fget(loss) if isinstance(loss, PPOLoss) else loss.in_keys
+        read += [key for key in loss.in_keys if key not in between | estimators or given.count(key) > 1]
         read = [key for key in read if key[0] != "policy"]
         return list(dict.fromkeys([*read, keys.value] if loss.clip_value else read))
 

@@ -273,6 +273,23 @@ def test_entries_that_losses_and_terms_read_are_kept():
         PPOUpdate(own)(make_batch())
 
 
+@pytest.mark.parametrize("key", [("next", "reward"), ("next", "done"), "actor_hidden"])
+def test_a_loss_may_read_what_its_class_has_for_its_value_estimator(key):
+    """`ClipPPOLoss` names it already, so that nobody would read it."""
+
+    class Own(RL2PPOLoss):
+        def forward(self, tensordict):
+            return super().forward(tensordict).set("seen", tensordict[key].float().mean())
+
+    networks, batch = make_loss(), make_batch()
+    own = Own(networks.actor_network, networks.critic_network)
+    assert key in own.in_keys
+    with pytest.raises(KeyError):
+        PPOUpdate(own, epochs=1)(batch.clone())
+    own.in_keys = [*own.in_keys, key]
+    assert PPOUpdate(own, epochs=1)(batch)["seen"] == pytest.approx(batch[key].float().mean().item(), abs=1e-6)
+
+
 def test_a_loss_may_read_what_the_networks_wrote_while_collecting():
     class ToOld(RL2PPOLoss):
         def forward(self, tensordict):

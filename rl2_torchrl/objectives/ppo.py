@@ -53,6 +53,9 @@ class RL2PPOLoss(ClipPPOLoss):
     the one stored there, wherever ``"is_init"`` says so. Entries written: ``loss_objective``, ``loss_critic`` (the coefficient
     included), ``loss_entropy`` when there is a bonus, `ClipPPOLoss`'s diagnostics, and what ``terms`` give.
 
+    A class below may change the data before it calls ``super().forward``, but not behind autograd's back, by ``.data`` or NumPy: in
+    a `PPOUpdate` that would not be seen.
+
     Args:
         actor_network: policy, e.g. `GRUGaussianActor`.
         critic_network: value function, e.g. `GRUValueHead`.
