@@ -202,7 +202,8 @@ class RecordedMinibatch:
             part.backward(found)
             return found
 
-        self._by_python(run, gradients)
+        # A part goes back once: it may have written over what came.
+        self._by_python(run, gradients, found if part in self._kept else None)
 
     def _take(self, found: Gradients, gradients: Gradients) -> None:
         """Adds to ``gradients`` what kernels have ``found``."""
@@ -214,10 +215,12 @@ class RecordedMinibatch:
         if not self._by_kernels(add):  # but PyTorch, strided ones
             raise ChangedError
 
-    def _by_python(self, run: Callable[[], Gradients | State], total: Gradients | State) -> None:
-        """Copies to ``total`` what Python makes by ``run``, now and each time, or adds it to what is there."""
+    def _by_python(
+        self, run: Callable[[], Gradients | State], total: Gradients | State, first: Gradients | None = None
+    ) -> None:
+        """Copies to ``total`` what Python makes by ``run``, now (where ``first`` is not that already) and each time, or adds it."""
         self._end_step()
-        first, writes = run(), {}
+        first, writes = run() if first is None else first, {}
         shapes = {key: made.shape for key, made in first.items()}
         for key, made in first.items():
             if key in total:
