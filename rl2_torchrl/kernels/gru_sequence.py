@@ -180,7 +180,7 @@ def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[
     made = [Workspace.make(gradients, shape) for shape in ((gates, inputs), (gates, units), (gates,), (gates,))]
     # A thread's sums have to be added to the others': of few steps that costs more than it saves.
     threads = min(kernels.threads_for(steps * gates * (units + inputs)), max(1, steps // 64))
-    sums = Workspace.take(gradients, (threads, library.sums_size(inputs, units)))
+    sums = Workspace.make(gradients, (threads, library.sums_size(inputs, units)))
     addresses = gradients.data_ptr(), *map(kernels.address, made), sums.data_ptr()
     library.gru_weight_gradients(steps, inputs, units, *addresses, threads)
     return tuple(made)
