@@ -177,7 +177,7 @@ class Warm(RecurrentCore):
 
 @pytest.mark.parametrize("estimator", [partial(GAE, lmbda=0.8), TD0Estimator, partial(TDLambdaEstimator, lmbda=0.8)])
 @pytest.mark.parametrize("core", [GRUCore, LSTMCore, Warm])
-@pytest.mark.parametrize("trial", [{"steps": 5}, {"steps": 1, "truncate": True}])
+@pytest.mark.parametrize("trial", [{"steps": 5}, {"steps": 1, "truncate": True}, {"steps": 1}])
 def test_torchrls_estimators_beyond_a_trials_first_step(trial, core, estimator):
     """A row's last step, of 11, or one that is truncated: the critic remembers it, or who would let it forget is refused."""
     env = trials(lines(), lambda size, generator: torch.full((*size, 1), 9.0), **trial)
@@ -186,9 +186,9 @@ def test_torchrls_estimators_beyond_a_trials_first_step(trial, core, estimator):
     critic = GRUValueHead.from_env(env, core=partial(core, **options), hidden_size=None, init_range=1.0)
     batch = collected(env, actor, critic, 11, None)[0]
     theirs = estimator(gamma=0.9, value_network=critic, shifted=True, shifted_budget=12)
-    if core is Warm:
+    if core is Warm and trial != {"steps": 1}:  # beyond whose terminal steps nobody looks
         with pytest.raises(
-            ValueError, match="3?3 rows end with a trial's first step.*Warm begins its memory anew there. Take Trial"
+            ValueError, match="rows end with a trial's first step.*Warm begins its memory anew there. Take Trial"
         ):
             advantages_of(theirs, None, batch)
         return

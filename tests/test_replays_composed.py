@@ -1,5 +1,7 @@
 """Minibatches that are made again, beside modules, terms and optimizers of users': as they would have been by themselves."""
 
+from functools import partial
+
 import pytest
 import torch
 from loss_cases import (
@@ -20,9 +22,10 @@ from torchrl.modules import ProbabilisticActor
 
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
 from rl2_torchrl.gradients import Part, Program
+from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.recorded import ChangedError, RecordedMinibatch
 from rl2_torchrl.gradients.replays import _tell_of_change
-from rl2_torchrl.kernels.recording import Calls
+from rl2_torchrl.kernels.recording import Calls, Recording
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import MLPEncoder, RunningNorm
 from rl2_torchrl.objectives.terms import SquaredError
@@ -529,6 +532,19 @@ def test_a_part_of_a_users_within_one_of_ours():
         return RL2PPOLoss(loss.actor_network, loss.critic_network)
 
     both_ways(make, kind="gaussian")
+
+
+def test_a_part_whose_way_back_is_not_kernels_alone_goes_it_once(monkeypatch):
+    """It writes over the slopes that come, those behind its last activation."""
+    back = ChainPart.backward_by_hand
+
+    def backward_by_hand(part, gradients):
+        Recording.interrupt()
+        back(part, gradients)
+
+    monkeypatch.setattr(ChainPart, "backward_by_hand", backward_by_hand)
+    encoder = partial(MLPEncoder, INPUTS, [INPUTS], activation=nn.Tanh, **F64)
+    both_ways(lambda: policy_of(TensorDictModule(encoder(), ["trans"], ["trans"])))
 
 
 class _Scaled(SquaredError):
