@@ -40,7 +40,10 @@ class TrialClock:
         self._plan: list[Ends] = []  # of a shared clock
         #: Whether all that begins and ends in the batch of a shared clock does so as in the last one.
         self.is_as_before = True
+        # Of a shared clock's batch: what is shown, the same as it was counted, and where it began, from which all follows.
         self._entries: dict[NestedKey, torch.Tensor] = {}
+        self._counted: dict[NestedKey, torch.Tensor] = {}
+        self._began_at: tuple | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -49,12 +52,21 @@ class TrialClock:
 
     def start_batch(self, episode_steps: int | None) -> None:
         """Goes on where the last batch ended; with a shared clock ``episode_steps`` are those of episodes from now on."""
-        self._counts, self.episode_steps = self._counts[-1:], episode_steps
-        if self.is_shared:
+        if not self.is_shared:
+            self._counts = self._counts[-1:]
+            return
+        bounds = (self.trial.episodes, self.trial.steps, self.trial.truncate, episode_steps)
+        begins_at = (self._counts[-1], self._episode_step, bounds)
+        self.is_as_before = begins_at == self._began_at
+        if not self.is_as_before:
+            self._counts, self.episode_steps, self._began_at = self._counts[-1:], episode_steps, begins_at
             before, self._plan = self._plan, [self._count(None) for _ in range(self.steps)]
-            self.is_as_before = before in ([], self._plan)
-            for key, value in self._made(0, self.steps).items():
-                self._entries.setdefault(key, value).copy_(value)  # in the memory that a CUDA graph knows
+            self.is_as_before, self._counted = before in ([], self._plan), self._made(0, self.steps)
+        for (
+            key,
+            value,
+        ) in self._counted.items():  # in the memory that a CUDA graph knows, whatever others have written there
+            self._entries.setdefault(key, value.clone()).copy_(value)
 
     def tick(self, t: int, done: np.ndarray | None) -> Ends:
         """Counts step ``t``, at which the episodes of the rows ``done`` (bool ``[N]``) end; None with a shared clock."""
@@ -129,4 +141,4 @@ class TrialClock:
         counts = state["counts"][:, 0].tolist() if self.is_shared else state["counts"].numpy()
         self._counts = [(counts[0], counts[1], counts[2] > 0, counts[3] > 0)]
         self._begun = self._rows(self._counts[0][2])
-        self._episode_step = counts[1] % self.episode_steps if self.is_shared else None
+        self._episode_step, self._began_at = counts[1] % self.episode_steps if self.is_shared else None, None
