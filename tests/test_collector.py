@@ -24,7 +24,8 @@ from rl2_torchrl import (
     kernels,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
-from rl2_torchrl.modules import CategoricalActions
+from rl2_torchrl.modules import distributions
+from rl2_torchrl.modules.distributions import gumbel_
 
 ROWS, PULLS, ARMS = 6, 5, 3
 KEEP = ["trans", "is_init", "time_left", "task", "episode_index", "episode_done", "trial_step", "action"]
@@ -148,16 +149,16 @@ def test_actions_follow_the_policys_distribution():
 def test_noise_of_the_actions(kind, mean, std, monkeypatch):
     env, steps = bandit_env(kind), 1000 * PULLS
     torch.manual_seed(0)
-    noises = []
-    if kind == "bernoulli":  # the largest of logits and noise wins
-        monkeypatch.setattr(
-            CategoricalActions, "mode", lambda self, noisy: (noises.append(noisy.clone()), noisy.argmax(-1))[1]
-        )
+    drawn = []
+    monkeypatch.setattr(distributions, "gumbel_", lambda memory: drawn.append(gumbel_(memory)) or memory)
     keep = ["action", "logits"] if kind == "bernoulli" else ["action", "loc", "scale"]
     collector = TrialCollector(env, policy_for(env), frames_per_batch=ROWS * steps, total_frames=-1, keep=keep)
     batch = next(iter(collector))
-    noise = batch["action"] - batch["loc"] if kind == "quadratic" else torch.stack(noises, 1) - batch["logits"]
-    noise = noise / batch["scale"] if kind == "quadratic" else noise
+    if kind == "quadratic":
+        noise = (batch["action"] - batch["loc"]) / batch["scale"]
+    else:
+        noise = drawn[0].transpose(0, 1)
+        assert torch.equal(batch["action"], (batch["logits"] + noise).argmax(-1))  # the largest sum wins
     assert noise.shape[:2] == (ROWS, steps)
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(mean, abs=4 * std / noise.numel() ** 0.5)

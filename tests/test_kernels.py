@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributions import Categorical
 
 from rl2_torchrl import kernels
-from rl2_torchrl.kernels.functions import linear_gradients, linear_kernel, log_prob_and_entropy
+from rl2_torchrl.kernels.functions import largest, linear_gradients, linear_kernel, log_prob_and_entropy
 from rl2_torchrl.objectives.terms import ClippedObjective
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -33,6 +33,22 @@ def path(request, monkeypatch):
 def close(ours, theirs):
     size = max(1.0, float(theirs.abs().max()))
     assert (ours - theirs).abs().max() <= TOLERANCE[theirs.dtype] * size
+
+
+# --------------------------------------------------------------------- choices
+@needs_kernels
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("choices", [1, 5, 40])
+def test_the_largest_sum_is_torchs(choices, dtype):
+    torch.manual_seed(0)
+    logits, noise = torch.randint(-2, 3, (2, 60, choices)).to(dtype)  # many are as large
+    logits[0], logits[1, -1], noise[2, 0], logits[3, choices // 2 :] = -torch.inf, torch.inf, torch.nan, torch.nan
+    assert torch.equal(largest(logits, noise), (logits + noise).argmax(-1))
+
+
+@pytest.mark.parametrize("noise", [torch.zeros(3, 4).double(), torch.zeros(3, 1), torch.zeros(4, 3).t()])
+def test_a_kernel_leaves_what_it_cannot_read_to_torch(noise):
+    assert largest(torch.zeros(3, 4), noise) is None
 
 
 # --------------------------------------------------------------- linear layers

@@ -21,6 +21,7 @@ TESTS = (
     "tests/test_parts.py",
     "tests/test_replays.py",
     "tests/test_replays_composed.py",
+    "tests/test_recorded_step.py",
 )
 #: Among them what leaves all to PyTorch and its compiler, at length.
 WITHOUT_KERNELS = (

@@ -83,6 +83,7 @@ class ChainPart(Part):
                 x = function(x)
             return x
 
+        step.is_kernels = True
         return step
 
     def forward_by_hand(self, state: State) -> bool:

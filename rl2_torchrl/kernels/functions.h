@@ -43,6 +43,7 @@ int categorical_forward(int rows, int choices, const real *logits, const int64_t
                         real *log_total, int threads);
 void categorical_backward(int rows, int choices, const real *logits, const int64_t *action, const real *entropy,
                           const real *log_total, const real *d_log_prob, const real *d_entropy, real *d_logits, int threads);
+void largest(int rows, int choices, const real *logits, const real *noise, int64_t *choice);
 void gaussian_forward(int rows, int dims, const real *action, const real *loc, const real *log_std, real *log_prob,
                       real *entropy);
 void gaussian_backward(int rows, int dims, const real *action, const real *loc, const real *log_std, const real *d_log_prob,

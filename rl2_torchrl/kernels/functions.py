@@ -13,8 +13,8 @@ from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
     *("as_reals", "categorical_gradient", "categorical_terms", "contiguous", "differentiable_gradients", "is_small"),
-    *("linear_gradients", "linear_kernel", "log_prob_and_entropy", "out_of_autocast", "raise_unknown_actions"),
-    *("require_tensor", "unit_stride"),
+    *("largest", "layout_of", "linear_gradients", "linear_kernel", "log_prob_and_entropy", "out_of_autocast"),
+    *("raise_unknown_actions", "require_tensor", "unit_stride"),
 ]
 
 
@@ -30,6 +30,11 @@ def require_tensor(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor
         raise ValueError(f"{name} is on {tensor.device}, and what it is used with on {like.device}: move one of them.")
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name} is {tensor.dtype}, and what it is used with {like.dtype}: convert one of them.")
+
+
+def layout_of(tensor: Tensor) -> tuple:
+    """What a kernel that has been called with a tensor must know of another one, to read it in its place."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -167,6 +172,17 @@ def raise_unknown_actions(action: Tensor, num_actions: int) -> NoReturn:
         f"{unknown} actions are none of the policy's {num_actions} choices, which count from 0; there are "
         f"{int(action.min())} to {int(action.max())}. Was the policy built for this env's action_spec?"
     )
+
+
+def largest(logits: Tensor, noise: Tensor) -> Tensor | None:
+    """The numbers ``[*B]`` of the largest of ``logits + noise`` ``[*B, num_actions]``; None where the kernel does not make them."""
+    alike = (noise.shape, noise.dtype) == (logits.shape, logits.dtype)
+    if not alike or not kernels.covers(logits, noise) or not (logits.is_contiguous() and noise.is_contiguous()):
+        return None
+    choice, choices = Workspace.make(logits, logits.shape[:-1], torch.int64), logits.shape[-1]
+    addresses = map(kernels.address, (logits, noise, choice))
+    kernels.load(logits.dtype).largest(logits.numel() // choices, choices, *addresses)
+    return choice
 
 
 def categorical_gradient(logits, action, entropy, log_total, d_log_prob, d_entropy) -> Tensor:

@@ -68,6 +68,18 @@ void categorical_backward(int rows, int choices, const real *logits, const int64
     }
 }
 
+/* The number of the largest of logits + noise in each row, the first of those that are as large; a NaN is the largest. */
+void largest(int rows, int choices, const real *logits, const real *noise, int64_t *choice) {
+    for (int row = 0; row < rows; row++, logits += choices, noise += choices) {
+        real most = logits[0] + noise[0];
+        choice[row] = 0;
+        for (int c = 1; c < choices && most == most; c++) {
+            real sum = logits[c] + noise[c];
+            if (!(sum <= most)) most = sum, choice[row] = c;
+        }
+    }
+}
+
 /* ------------------------------------------------------------------------- Gaussian
  * log p(a) and, where `entropy` is not NULL, H of Normal(loc, exp(log_std)) with independent components, log_std [dims] the same in
  * all rows. */

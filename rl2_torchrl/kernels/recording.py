@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class Recording:
         calls: what makes each again, and its arguments, as `Calls` takes them.
         held: memory of `Workspace` that they are made on.
         numbers: float64, what kernels have left for Python to read.
+        replaced: what Python makes anew each time, in memory of its own, and how.
         is_whole: whether kernels did all that was done since this was set to True.
     """
 
@@ -43,6 +45,7 @@ class Recording:
     def __init__(self):
         self.calls: list[tuple[int, tuple]] = []
         self.held: list[Tensor] = []
+        self.replaced: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self.numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64, device="cpu"), 0
         self.is_whole = True
         self.library: ctypes.CDLL | None = None
@@ -58,6 +61,12 @@ class Recording:
         """Says that something else than a kernel is about to work on the memory."""
         if (recording := cls.active()) is not None:
             recording.is_whole = False
+
+    @classmethod
+    def replaces(cls, made: Tensor, make: Callable[[], Tensor]) -> None:
+        """Says that Python has ``made`` what kernels read now, and how to ``make`` what they read the next time."""
+        if (recording := cls.active()) is not None:
+            recording.replaced.append((made, make))
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -80,6 +89,10 @@ class Recording:
         """Lets go of all memory."""
         self.calls.clear()
         self.held.clear()
+        self.stop()
+
+    def stop(self) -> None:
+        """Nothing more will be noted, and the memory goes with what holds this."""
         self._noting = None
 
     @property
@@ -111,7 +124,8 @@ class _Noting:
 
         def call(*arguments):
             result = function(*arguments)
-            recording.calls.append((again, arguments))
+            if Recording.active() is recording:
+                recording.calls.append((again, arguments))
             return result
 
         setattr(self, name, call)
@@ -135,12 +149,21 @@ class Calls:
 
     def __init__(self, library: ctypes.CDLL, noted: list[tuple[int, tuple]]):
         self._library, self._noted = library, noted
-        self._table = torch.tensor([_row(*call) for call in self._noted], dtype=torch.int64, device="cpu")
-        self.count = len(self._table)
+        rows = [_row(*call) for call in self._noted]
+        #: What they are made by, as the kernels' ``call`` has it; addresses may be put in the place of others.
+        self.table = np.array(rows, dtype=np.int64).reshape(-1)
+        self._address, self.count = self.table.ctypes.data, len(rows)
 
     def __call__(self) -> bool:
         """Makes them; False where a kernel reported something, and those after it have not been made."""
-        return self._library.make_calls(self._table.data_ptr(), self.count) == self.count
+        return not self.count or self._library.make_calls(self._address, self.count) == self.count
+
+    def places(self, tensor: Tensor) -> list[tuple[int, int]]:
+        """Which of the numbers of ``table`` are addresses within ``tensor``, and how many bytes from its beginning."""
+        pairs = zip(tensor.shape, tensor.stride(), strict=True)
+        size = (1 + sum((entries - 1) * stride for entries, stride in pairs)) * tensor.element_size()
+        offsets = ((place, number - tensor.data_ptr()) for place, number in enumerate(self.table.tolist()))
+        return [(place, offset) for place, offset in offsets if 0 <= offset < size]
 
     def and_then(self, name: str, *arguments: float) -> Calls:
         """These, and one of the kernel ``name``."""
@@ -148,7 +171,7 @@ class Calls:
 
     def make_passes(self, *arguments: int) -> int:
         """Makes them for each of many minibatches, as the kernels' ``make_passes`` says."""
-        return self._library.make_passes(self._table.data_ptr(), self.count, *arguments)
+        return self._library.make_passes(self._address, self.count, *arguments)
 
 
 def _row(again: int, arguments: tuple) -> list[int]:

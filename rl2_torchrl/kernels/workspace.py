@@ -41,9 +41,9 @@ class Workspace:
         return cls._held(like.new_empty(0).set_(torch.from_numpy(array).untyped_storage(), 0, shape))
 
     @classmethod
-    def make(cls, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A contiguous tensor of ``shape``, and of the dtype and device, the CPU, of ``like``."""
-        return cls._held(like.new_empty(shape))
+    def make(cls, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """A contiguous tensor of ``shape``, of ``dtype``, by default that of ``like``, and on its device, the CPU."""
+        return cls._held(like.new_empty(shape, dtype=dtype))
 
     @staticmethod
     def _held(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from rl2_torchrl.gradients.part import (
 from rl2_torchrl.modules.actor_critic import hidden_keys
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 
-__all__ = ["ActingPart", "State", "acting_parts", "dtype_of", "on_state", "step_of"]
+__all__ = ["ActingPart", "Run", "State", "acting_parts", "dtype_of", "on_state", "step_of"]
 
 Run = Callable[[State], None]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -47,8 +47,9 @@ class ActingPart:
     """What one module does at a step, on entries ``[N, ...]``.
 
     ``make`` gives, from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on
-    to the weights as they are, and to the noise of all steps. ``way`` says how the module is called. ``later`` is what can wait
-    until it is asked for: a distribution's log-probability.
+    to the weights as they are, and to the noise of all steps. Where it has an ``is_kernels`` that is True, it does what kernels
+    do on memory of `Workspace`, or says by `Recording.interrupt` that it does more. ``way`` says how the module is called.
+    ``later`` is what can wait until it is asked for: a distribution's log-probability.
     """
 
     module: TensorDictModuleBase
@@ -118,6 +119,7 @@ def on_state(function: Function, in_keys: Sequence[NestedKey], out_keys: Sequenc
             if key != IGNORED:
                 state[key] = out
 
+    run.is_kernels = getattr(function, "is_kernels", False)
     return run
 
 
@@ -134,6 +136,7 @@ def _distribution(module: ProbabilisticTensorDictModule, distribution: ActionDis
         def run(state: State) -> None:
             state[action_key] = act(*[state[key] for key in in_keys])
 
+        run.is_kernels = getattr(act, "is_kernels", False)
         return run
 
     def log_prob(*acted: Tensor) -> Tensor:

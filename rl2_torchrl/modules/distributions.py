@@ -21,7 +21,8 @@ from rl2_torchrl.arguments import require_flags, require_own_name, whole, whole_
 from rl2_torchrl.gradients import policy
 from rl2_torchrl.gradients.chain import ChainPart
 from rl2_torchrl.gradients.part import Part, brings, others_than
-from rl2_torchrl.kernels.functions import log_prob_and_entropy
+from rl2_torchrl.kernels.functions import largest, log_prob_and_entropy
+from rl2_torchrl.kernels.recording import Recording
 
 __all__ = [
     *("ActionDistribution", "CategoricalActions", "Gaussian", "GaussianActions", "IndependentCategoricals"),
@@ -179,7 +180,16 @@ class CategoricalActions(ActionDistribution):
         return _one_hot(choice, logits) if self.one_hot else choice
 
     def with_noise(self, noise: Tensor, logits: Tensor) -> Tensor:
-        return self.mode(logits + noise)
+        # Alone the kernel costs what PyTorch's two operations do.
+        choice = largest(logits, noise) if Recording.active() is not None and self._is_largest() else None
+        if choice is None:
+            Recording.interrupt()
+            choice = self.mode(logits + noise)
+        return choice
+
+    def _is_largest(self) -> bool:
+        """Whether an action is no more than the number of the largest sum."""
+        return not self.one_hot and not others_than(CategoricalActions, self, ["with_noise", "mode", "_action"])
 
     def log_prob_and_entropy(self, action: Tensor, logits: Tensor) -> Terms:
         return log_prob_and_entropy(action.to(torch.uint8).argmax(-1) if self.one_hot else action, logits)
@@ -187,18 +197,24 @@ class CategoricalActions(ActionDistribution):
     def sampler(self, steps: int) -> Callable[..., Tensor]:
         noise: Iterator[Tensor] = iter(())
 
-        def act(logits: Tensor) -> Tensor:
+        def draw(like: Tensor) -> Tensor:
             nonlocal noise
             drawn = next(noise, None)
             if drawn is None:
-                shape, kept = (steps, *logits.shape), self._noise
-                dtype = torch.promote_types(logits.dtype, torch.float32)  # halves have too few numbers for what is rare
-                if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, logits.device):
-                    self._noise = logits.new_empty(shape, dtype=dtype)  # the same memory for every batch
+                shape, kept = (steps, *like.shape), self._noise
+                dtype = torch.promote_types(like.dtype, torch.float32)  # halves have too few numbers for what is rare
+                if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, like.device):
+                    self._noise = like.new_empty(shape, dtype=dtype)  # the same memory for every batch
                 noise = iter(gumbel_(self._noise))
                 drawn = next(noise)
+            return drawn
+
+        def act(logits: Tensor) -> Tensor:
+            drawn = draw(logits)
+            Recording.replaces(drawn, partial(draw, drawn))
             return self.with_noise(drawn, logits)
 
+        act.is_kernels = self._is_largest()
         return act
 
 
@@ -442,6 +458,7 @@ class Gaussian(nn.Module):
         return mean, self.log_std.exp().expand_as(mean)
 
     def step_function(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        Recording.interrupt()  # PyTorch makes the scale
         mean_of = self.mean.step_function() if brings(self.mean, "step_function") else self.mean
         scale = self.log_std.detach().exp()
 
@@ -449,6 +466,7 @@ class Gaussian(nn.Module):
             mean = mean_of(*features)
             return mean, scale.expand_as(mean)
 
+        step.is_kernels = getattr(mean_of, "is_kernels", False)
         return step
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]):

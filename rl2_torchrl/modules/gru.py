@@ -10,8 +10,10 @@ from torchrl.modules import GRUModule, set_recurrent_mode
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import is_bare, others_than
 from rl2_torchrl.gradients.recurrent import GRUPart
-from rl2_torchrl.kernels.functions import require_tensor, unit_stride
+from rl2_torchrl.kernels.functions import layout_of, require_tensor, unit_stride
 from rl2_torchrl.kernels.gru_sequence import gru_sequence, pack_weights, require_weights
+from rl2_torchrl.kernels.recording import Recording
+from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules.cores import RecurrentCore, Tensors, as_sizes, at_ends
 
 __all__ = ["FastGRUModule", "GRUCore", "StepGRU"]
@@ -140,13 +142,14 @@ class StepGRU:
         self.library = kernels.load(self.weight.dtype) if self.weight.is_cpu else None
         self.packed = [] if self.library is None else [pack_weights(*layer) for layer in self.layers]
         self._fitting: tuple | None = None
+        self.is_kernels = self.library is not None and len(self.layers) == 1
 
     def __call__(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Features ``[N, H]`` and next hidden ``[N, num_layers, H]`` of ``x`` ``[N, I]`` and ``hidden``, None for zeros."""
-        if hidden is None or (_layout(x), _layout(hidden)) != self._fitting:
+        if hidden is None or (layout_of(x), layout_of(hidden)) != self._fitting:
             x, hidden = self._fitted(x, hidden)
             # What has the same layout as these in the next step need not be looked at again: a look costs half a step.
-            self._fitting = (_layout(x), _layout(hidden))
+            self._fitting = (layout_of(x), layout_of(hidden))
         states = []
         for layer in range(len(self.layers)):
             x = self._layer(layer, x, hidden)
@@ -155,24 +158,23 @@ class StepGRU:
 
     def _fitted(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both as the kernels read them, once they fit."""
-        x, shape = unit_stride(x.to(self.weight.dtype)), (len(x), len(self.layers), self.units)
+        given, shape = (x, hidden), (len(x), len(self.layers), self.units)
+        x = unit_stride(x.to(self.weight.dtype))
         require_tensor("x", x, (len(x), self.layers[0][0].shape[1]), self.weight)
         hidden = x.new_zeros(shape) if hidden is None else unit_stride(hidden.to(self.weight.dtype))
         require_tensor("the memory", hidden, shape, self.weight)
+        if list(map(kernels.address, given)) != [x.data_ptr(), hidden.data_ptr()]:  # copies
+            Recording.interrupt()
         return x, hidden
 
     def _layer(self, layer: int, x: Tensor, hidden: Tensor) -> Tensor:
         if self.library is None:
             return torch.gru_cell(x, hidden[:, layer], *self.layers[layer])
         (rows, inputs), units = x.shape, self.units
-        y = x.new_empty(rows, units)
+        y = Workspace.make(x, (rows, units))
         initial = hidden.data_ptr() + layer * hidden.stride(1) * hidden.element_size()
         self.library.gru_forward(
             *(rows, 1, inputs, units, x.data_ptr(), x.stride(0), 0, initial, hidden.stride(0), 0, None),
             *(self.packed[layer].data_ptr(), y.data_ptr(), None, kernels.threads_for(rows * units * (units + inputs))),
         )
         return y
-
-
-def _layout(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -31,6 +31,7 @@ from rl2_torchrl.modules.cores import where_rows
 from rl2_torchrl.modules.distributions import ActionDistribution, distribution_of
 from rl2_torchrl.rollout.clock import Rows
 from rl2_torchrl.rollout.memory import Memory
+from rl2_torchrl.rollout.recorded_step import RecordedStep
 from rl2_torchrl.rollout.transforms import trials_of
 from rl2_torchrl.rollout.trials import leaves, shown_by
 from rl2_torchrl.trial import base_of, is_within, transforms_of
@@ -96,6 +97,7 @@ class Rollout:
         self._keeps_all, left_out = keep is None, set(written) - keys_left(policy)
         self.keep = [key for key in made if key not in left_out] if keep is None else leaves(keep, made)
         self._acting, self._late = self._split()
+        self._act = RecordedStep(self._acting, steps)
         #: What those parts read that no other of them makes.
         self._read_late, late = [], set()
         for part in self._late:
@@ -153,6 +155,7 @@ class Rollout:
             return self._batch()
         except BaseException:  # Ctrl-C in a notebook, too
             self._replays.clear()
+            self._act.forget()
             self.trials.restart()
             self._carry = {}
             raise
@@ -198,7 +201,7 @@ class Rollout:
 
     def _play(self) -> None:
         """All steps of a batch."""
-        acting = [part.make(self.steps) for part in self._acting]
+        self._act.start_batch()
         entries, begun = self.trials.start()
         at_once = self.trials.keys_at_once
         recorded = [key for key in self._early if key not in at_once]
@@ -209,8 +212,7 @@ class Rollout:
             made = state  # what is recorded of it is what was there, not what an ablation makes of it
             if self.ablation is not None:
                 state = self._ablated(t, state)
-            for act in acting:
-                act(state)
+            self._act(state)
             if t == 0:
                 self._require_actions(state)
             after, root, begun = self.trials.step(t, state)
