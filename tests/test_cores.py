@@ -36,6 +36,7 @@ from rl2_torchrl.modules import (
     RecurrentCritic,
 )
 from rl2_torchrl.modules.actor_critic import hidden_keys
+from rl2_torchrl.modules.cores import where_rows
 
 
 class TwoSpeeds(RecurrentCore):
@@ -163,6 +164,33 @@ def test_sequences_equal_steps(kind, resets, with_memory):
     assert all(g is not None for g in gradients[0]) or not is_init.any()  # a learned start is learned
     if not is_init[:, 1:].any():
         torch.testing.assert_close(core.sequence(x, memory, None), ours)
+
+
+@pytest.mark.parametrize(
+    ("starts_at", "calls"), [([3], 1), ([3, 5], 1), (range(1, 35), 0)], ids=["in one row", "twice", "mostly short"]
+)
+def test_an_lstm_takes_trials_of_unlike_lengths_as_rows(starts_at, calls, monkeypatch):
+    core, forward, seen = build("lstm"), nn.LSTM.forward, []
+    monkeypatch.setattr(nn.LSTM, "forward", lambda self, *args: seen.append(args[0].shape) or forward(self, *args))
+    is_init, x = torch.zeros(2, 70, dtype=torch.bool), torch.randn(2, 70, 5)
+    is_init[1, list(starts_at)] = True
+    ours = core.sequence(x, None, is_init)
+    assert len(seen) == calls  # or else its steps, which are fewer than the padding
+    torch.testing.assert_close(ours, stepped(core, x, None, is_init), rtol=0, atol=2e-6)
+
+
+def test_where_no_trial_starts_nobody_asks(monkeypatch):
+    asked = []
+
+    def asks(*args):
+        asked.append(1)
+        return where_rows(*args)
+
+    monkeypatch.setattr("rl2_torchrl.modules.cores.where_rows", asks)
+    core, is_init = build("lstm with a step of its own"), torch.zeros(3, 7, dtype=torch.bool)
+    is_init[:, 0] = is_init[1, 4] = True
+    core.sequence(torch.randn(3, 7, 5), None, is_init)
+    assert len(asked) == 2 * len(core.initial_memory(1))
 
 
 @pytest.mark.parametrize("kind", CORES)

@@ -126,8 +126,11 @@ class RecurrentCore(TensorDictModuleBase):
         is_stored = memory and self.starts_as_stored()
         initial = None if is_stored else self.initial_memory(x.shape[0])
         state, outputs = tuple(m[:, 0] for m in memory) if memory else initial, []
+        # Where nobody begins a memory that is learnt would get no gradient, in place of zeros.
+        is_learnt = not is_stored and any(m.requires_grad for m in initial)
+        may_start = _may_start(is_init, x.shape[1], is_known=not is_learnt)
         for t in range(x.shape[1]):
-            if is_init is not None:
+            if may_start[t]:
                 first = tuple(m[:, t] for m in memory) if is_stored else initial
                 state = [where_rows(is_init[:, t], *pair) for pair in zip(first, state, strict=True)]
             given = self.step(x[:, t], *state)
@@ -232,6 +235,10 @@ class RecurrentCore(TensorDictModuleBase):
             raise KeyError(hint * in_rows + lost_memory(self.in_keys[1:-1]))
 
 
+#: How many times the steps of its rows an LSTM is given, and not step by step.
+_MOST_PADDING = 4
+
+
 class LSTMCore(RecurrentCore):
     """An LSTM (Hochreiter & Schmidhuber 1997), by `torch.nn.LSTM`, with two memories: its output and its cell.
 
@@ -281,12 +288,27 @@ class LSTMCore(RecurrentCore):
         # Hooks see single steps, as those of a rollout do; PyTorch's packed sequences are up to ten times slower than steps.
         is_whole = is_plain and is_bare(self.lstm) and not kernels.is_transformed()
         if not is_whole or (length := _common_length(is_init, x.shape[1])) is None:
-            return super().unroll(x, memory, is_init, with_memory=with_memory)
+            y = self._by_trials(x, memory, is_init) if is_whole and not with_memory else None
+            return super().unroll(x, memory, is_init, with_memory=with_memory) if y is None else (y,)
         batch = x.shape[:2]
         state = memory and tuple(m.flatten(0, 1)[::length].transpose(0, 1).contiguous() for m in memory)
         y, last = self.lstm(x.reshape(-1, length, x.shape[-1]), state)
         states = [m.transpose(0, 1).repeat_interleave(length, 0) for m in last] if with_memory else []
         return y.reshape(*batch, -1), *(at_ends(each.unflatten(0, batch), is_init) for each in states)
+
+    def _by_trials(self, x: Tensor, memory: Tensors | None, is_init: Tensor) -> Tensor | None:
+        """`sequence` with each trial in a row of its own, all as long as the longest; None where that is too much."""
+        batch, starts = x.shape[:2], is_init.bool().clone()
+        starts[:, 0] = True
+        first = starts.flatten().nonzero().squeeze(-1)
+        lengths = first.diff(append=first.new_tensor([starts.numel()]))
+        step = torch.arange(int(lengths.max()), device=x.device)
+        if len(first) * len(step) > _MOST_PADDING * starts.numel():
+            return None
+        index = (first.unsqueeze(-1) + step).clamp_max(starts.numel() - 1)
+        state = memory and tuple(m.flatten(0, 1)[first].transpose(0, 1).contiguous() for m in memory)
+        y, _ = self.lstm(x.flatten(0, 1)[index], state)
+        return y[step < lengths.unsqueeze(-1)].unflatten(0, batch)
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
@@ -301,6 +323,14 @@ def _common_length(is_init: Tensor | None, steps: int) -> int | None:
     first = starts.flatten().nonzero().squeeze(-1)
     length = starts.numel() // len(first)
     return length if torch.equal(first, torch.arange(0, starts.numel(), length, device=first.device)) else None
+
+
+def _may_start(is_init: Tensor | None, steps: int, *, is_known: bool) -> list[bool]:
+    """At which of the ``steps`` a trial may start in some row; unless that ``is_known``, or costs no wait for a device, at all."""
+    if is_init is None:
+        return [False] * steps
+    is_known = is_known and is_init.is_cpu and not kernels.is_transformed() and not torch.compiler.is_compiling()
+    return is_init.any(0).tolist() if is_known else [True] * steps
 
 
 def lost_memory(memory_keys: Sequence[NestedKey]) -> str:
