@@ -25,6 +25,7 @@ from rl2_torchrl import GRUValueHead, PreviousStep, RL2PPOLoss, TaskSampler, Tri
 from rl2_torchrl.agent.step import actor_of
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit, uniform_means, uniform_targets
 from rl2_torchrl.gradients import ENTROPY, LOG_PROB
+from rl2_torchrl.kernels.functions import log_prob_and_entropy
 from rl2_torchrl.modules import (
     ActionDistribution,
     CategoricalActions,
@@ -595,3 +596,47 @@ def test_a_head_that_gives_the_scale_too():
         RecurrentActor(5, GaussianActions(2), head=head)(data.clone())
     both = ActionDistribution(2, ["loc", "scale"], IndependentNormal)
     assert RecurrentActor(5, both, head=head)(data)["action"].shape == (3, 2)
+
+
+class Counted(D.Laplace):
+    """A distribution that is not registered."""
+
+    scored = 0
+
+    def log_prob(self, value):
+        Counted.scored += 1
+        return super().log_prob(value).sum(-1)
+
+    @property
+    def deterministic_sample(self):
+        return self.mean
+
+
+def test_a_draw_of_any_class_is_scored_once_for_a_batch():
+    base = QuadraticBandit(2, batch_size=(3,), seed=0)
+    env = TransformedEnv(base, Compose(Trial(episodes=4), TaskSampler(uniform_targets(2)), PreviousStep()))
+    laplace = ActionDistribution(2, ["loc"], Counted, {"scale": torch.tensor([0.1, 0.2])})
+    rollout = Rollout(env, RecurrentActor.from_env(env, distribution=laplace), 4)
+    Counted.scored = 0
+    batch = rollout()
+    assert Counted.scored == 1
+    noise = D.Laplace(batch["loc"], torch.tensor([0.1, 0.2]))
+    torch.testing.assert_close(batch["action_log_prob"], noise.log_prob(batch["action"]).sum(-1))
+
+
+@pytest.mark.parametrize(("nvec", "calls"), [([3] * 8, 1), ([3, 3, 2], 2), ([2, 3, 2], 3)])
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_choices_of_one_size_are_one_call(nvec, calls, one_hot, monkeypatch):
+    seen, logits = [], torch.randn(4, sum(nvec))
+    counted = "rl2_torchrl.modules.distributions.log_prob_and_entropy"
+    monkeypatch.setattr(counted, lambda *args: seen.append(args) or log_prob_and_entropy(*args))
+    actions = MultiCategoricalActions(nvec, one_hot=one_hot)
+    action = actions.act(logits)
+    parts = [D.Categorical(logits=part) for part in logits.split(nvec, -1)]
+    index = torch.stack([part.argmax(-1) for part in action.split(nvec, -1)], -1) if one_hot else action
+    due = sum(part.log_prob(choice) for part, choice in zip(parts, index.unbind(-1), strict=True))
+    log_prob, entropy = actions.log_prob_and_entropy(action, logits)
+    torch.testing.assert_close(log_prob, due)
+    torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
+    assert len(seen) == calls
+    assert action.shape[-1] == (sum(nvec) if one_hot else len(nvec))

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -249,16 +250,23 @@ class MultiCategoricalActions(CategoricalActions):
 
     def log_prob_and_entropy(self, action: Tensor, logits: Tensor) -> Terms:
         if self.one_hot:
-            action = torch.stack([part.to(torch.uint8).argmax(-1) for part in action.split(self.nvec, -1)], -1)
-        pairs = zip(action.unbind(-1), logits.split(self.nvec, -1), strict=True)
-        log_probs, entropies = zip(*(log_prob_and_entropy(*pair) for pair in pairs), strict=True)
-        return sum(log_probs), sum(entropies)
+            action = torch.cat([part.to(torch.uint8).argmax(-1) for part in self._alike(action)], -1)
+        actions = action.split([part.shape[-2] for part in self._alike(logits)], -1)
+        terms = [log_prob_and_entropy(*pair) for pair in zip(actions, self._alike(logits), strict=True)]
+        log_probs, entropies = (torch.cat(each, -1).sum(-1) for each in zip(*terms, strict=True))
+        return log_probs, entropies
 
     def _action(self, choose: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
-        parts = logits.split(self.nvec, -1)
+        parts = self._alike(logits)
         if self.one_hot:
-            return torch.cat([_one_hot(choose(part), part) for part in parts], -1).to(self.dtype)
-        return torch.stack([choose(part) for part in parts], -1).to(self.dtype)
+            return torch.cat([_one_hot(choose(part), part).flatten(-2) for part in parts], -1).to(self.dtype)
+        return torch.cat([choose(part) for part in parts], -1).to(self.dtype)
+
+    def _alike(self, choices: Tensor) -> list[Tensor]:
+        """``choices`` ``[*B, sum(nvec)]`` as ``[*B, k, n]`` for each k places in a row of n choices: those are one call."""
+        runs = [(n, len(list(places))) for n, places in groupby(self.nvec)]
+        parts = choices.split([n * k for n, k in runs], -1)
+        return [part.unflatten(-1, (k, n)) for part, (n, k) in zip(parts, runs, strict=True)]
 
 
 def _draw(logits: Tensor) -> Tensor:
@@ -534,7 +542,6 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
         known = None  # keywords that ours does not have
     if known is None or names != known.parameter_keys:
         known = ActionDistribution(1, names, module.distribution_class, kwargs)
-        known._module = module
     return known
 
 
