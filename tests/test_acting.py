@@ -37,6 +37,7 @@ from rl2_torchrl.modules import (
 )
 from rl2_torchrl.modules.acting import acting_parts
 from rl2_torchrl.modules.gru import FastGRUModule
+from rl2_torchrl.modules.layers import SkipHead
 from rl2_torchrl.rollout import Rollout
 
 
@@ -328,6 +329,7 @@ LAYERS = {
     "head of tanh": lambda: Head(4, 3, init_range=0.5, num_cells=[5], activation=nn.Tanh),
     "head of ELU": lambda: Head(4, 3, init_range=0.5, num_cells=[5], activation=nn.ELU),
     "wide head": lambda: Head(4, 3, init_range=0.5, num_cells=[65, 5]),
+    "head with a skip": lambda: Head(4, 3, init_range=0.5, num_cells=[5], skip_size=2),
     "encoder": lambda: MLPEncoder(4, [5, 3]),
     "encoder of tanh": lambda: MLPEncoder(4, [5], activation=nn.Tanh),
     "Gaussian": lambda: GaussianActions(3).parameters_of(Head(4, 3, init_range=0.5, num_cells=[4])),
@@ -344,6 +346,19 @@ def test_the_step_of_a_layer_is_its_forward(kind):
         torch.testing.assert_close(step(x), layer(x), **alike)
         with torch.no_grad():  # as TorchRL's loop calls it: the same bits
             torch.testing.assert_close(step(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_cells": [5]}, {"num_cells": [5], "skip_size": 2}])
+def test_the_step_of_a_head_of_several_entries_is_its_forward(options):
+    head = SkipHead(Head(4, 3, init_range=0.5, **options), detach=True)
+    inputs = [torch.randn(6, 2), torch.randn(6, 1), torch.randint(256, (6, 1), dtype=torch.uint8)]
+    [acting] = acting_parts(TensorDictModule(head, ["features", "a", "b"], ["y"]))
+    state = dict(zip(["features", "a", "b"], inputs, strict=True))
+    with torch.no_grad():
+        acting.make(1)(state)
+        torch.testing.assert_close(state["y"], head(*inputs), rtol=0, atol=0)
+    torch.testing.assert_close(state["y"], head(*inputs).detach(), rtol=1e-5, atol=1e-6)
+    assert acting.make(1).is_kernels is False
 
 
 class _DoubleNorm(RunningNorm):

@@ -330,6 +330,18 @@ class Head(Layers):
         features, skipped = features.split([self.in_features - self.skip_size, self.skip_size], -1)
         return self.layers[1:](torch.cat((self.layers[0](features), skipped), -1))
 
+    def step_function(self) -> Callable[[Tensor], Tensor]:
+        first, *others = self.layers
+        if not self.skip_size or (behind := ChainPart.of(self, others, ["x"], ["y"])) is None:
+            return super().step_function()
+        sizes, behind = [self.in_features - self.skip_size, self.skip_size], behind.step_function(self.layers[1:])
+
+        def step(x: Tensor) -> Tensor:
+            features, skipped = x.split(sizes, -1)
+            return behind(torch.cat((first(features), skipped), -1))
+
+        return step
+
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         return None if self.skip_size else ChainPart.of(self, self.layers, in_keys, out_keys)
 
@@ -343,6 +355,10 @@ class SkipHead(nn.Module):
 
     def forward(self, features: Tensor, *extra: Tensor) -> Tensor:
         return self.head(self.concat(features.detach() if self.detach else features, *extra))
+
+    def step_function(self) -> Callable[..., Tensor]:
+        head = self.head.step_function() if brings(self.head, "step_function") else self.head
+        return lambda *inputs: head(self.concat(*inputs))
 
     def gradient_part(self, in_keys: Sequence[NestedKey], out_keys: Sequence[NestedKey]) -> ChainPart | None:
         is_chain = brings(self.head, "gradient_part") and (self.head.skip_size > 0) == (len(in_keys) > 1)
