@@ -37,7 +37,7 @@ CRITICS = {
     "detached, extra": lambda **options: MemoryValueHead(
         UNITS, detach=True, extra_keys=["time_left", "task"], extra_size=3, num_cells=[7], **options
     ),
-    "wide": lambda **options: MemoryValueHead(UNITS, detach=False, num_cells=[70], **options),
+    "wide": lambda **options: MemoryValueHead(UNITS, detach=False, num_cells=[257], **options),
 }
 
 

@@ -328,7 +328,7 @@ LAYERS = {
     "head, two hidden layers": lambda: Head(4, 3, init_range=0.5, num_cells=[4, 4]),
     "head of tanh": lambda: Head(4, 3, init_range=0.5, num_cells=[5], activation=nn.Tanh),
     "head of ELU": lambda: Head(4, 3, init_range=0.5, num_cells=[5], activation=nn.ELU),
-    "wide head": lambda: Head(4, 3, init_range=0.5, num_cells=[65, 5]),
+    "wide head": lambda: Head(4, 3, init_range=0.5, num_cells=[257, 5]),
     "head with a skip": lambda: Head(4, 3, init_range=0.5, num_cells=[5], skip_size=2),
     "encoder": lambda: MLPEncoder(4, [5, 3]),
     "encoder of tanh": lambda: MLPEncoder(4, [5], activation=nn.Tanh),

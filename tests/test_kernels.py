@@ -57,7 +57,17 @@ def test_a_kernel_leaves_what_it_cannot_read_to_torch(noise):
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 1, 1), (7, 5, 1), (33, 64, 10), (8, 16, 16), (9, 50, 17), (70, 12, 64), (1600, 64, 1), (1600, 64, 11)],
+    [
+        (1, 1, 1),
+        (7, 5, 1),
+        (33, 64, 10),
+        (8, 16, 16),
+        (9, 50, 17),
+        (70, 12, 64),
+        (1600, 64, 1),
+        (1600, 64, 11),
+        (40, 128, 256),
+    ],
 )
 def test_a_linear_layer_by_kernels_equals_torchs(rows, inputs, outputs, relu, dtype):
     torch.manual_seed(0)

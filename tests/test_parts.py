@@ -53,11 +53,11 @@ def test_the_grus_gradients(layers, has_memory, wants_input, steps):
 CHAINS = {
     "linear": lambda: MLPEncoder(UNITS, [4], activation=nn.Identity, **F64),
     "relu at the end": lambda: MLPEncoder(UNITS, [4], **F64),
-    "several": lambda: MLPEncoder(UNITS, [70, 4], **F64),
-    "tanh": lambda: MLPEncoder(UNITS, [70, 4], activation=nn.Tanh, **F64),
+    "several": lambda: MLPEncoder(UNITS, [257, 4], **F64),
+    "tanh": lambda: MLPEncoder(UNITS, [257, 4], activation=nn.Tanh, **F64),
     "head": lambda: Head(UNITS, 4, init_range=1.0, **F64),
     "head, tanh": lambda: Head(UNITS, 4, init_range=1.0, num_cells=[9], activation=nn.Tanh, **F64),
-    "head, wide": lambda: Head(UNITS, 4, init_range=1.0, num_cells=[90], **F64),
+    "head, wide": lambda: Head(UNITS, 4, init_range=1.0, num_cells=[257], **F64),
 }
 
 

@@ -108,7 +108,7 @@ POLICIES = {
     "a user's head": (bandit, {"head": lambda n, out: nn.Sequential(Thrice(n), nn.Linear(n, out))}, 1),
     "a user's head within ours": (targets, {"head": lambda n, out: nn.Sequential(nn.Linear(n, out), Thrice(out))}, 1),
     "normalized": (bandit, {"normalize": True}, 1),
-    "a layer too large for kernels": (bandit, {"num_cells": [65]}, 1),
+    "a layer too large for kernels": (bandit, {"num_cells": [257]}, 1),
     "Gaussian": (targets, {}, 1),
     "squashed": (targets, {"distribution": lambda spec: TanhGaussianActions([-2.0] * 2, [2.0] * 2)}, 1),
     "float64": (bandit, {"dtype": torch.float64}, 1),

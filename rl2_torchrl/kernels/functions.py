@@ -89,7 +89,7 @@ def differentiable_gradients(
 # ------------------------------------------------------------- linear layers
 def is_small(weight: Tensor) -> bool:
     """Whether a layer is one for the kernels; a larger one is a matrix library's own field."""
-    return 0 < len(weight) <= 64 and weight.numel() <= 2**14
+    return 0 < len(weight) <= 256 and weight.numel() <= 2**15
 
 
 def linear_kernel(weight: Tensor, bias: Tensor | None, *, relu: bool) -> Callable[[Tensor], Tensor]:
