@@ -113,7 +113,7 @@ class TrialCollector(Collector):
         self.player = None if self.reason else Rollout(self.env, self._wrapped_policy, self.frames_per_batch, self.keep)
         if self.player is not None:
             self.player.adopt(self._carrier)  # Collector has reset the env already, and begins there
-            self.reason = self.player.trials.reason
+            self.reason = self.player.reason
         self.turns = Turns(self.env)
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")

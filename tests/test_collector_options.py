@@ -11,6 +11,7 @@ from torchrl.envs import Compose, StepCounter, TensorDictPrimer, TransformedEnv
 
 from rl2_torchrl import ActorCritic, GRUCategoricalActor, PreviousStep, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.envs import BernoulliBandit
+from rl2_torchrl.modules import GRUCore
 from rl2_torchrl.rollout import Rollout
 
 
@@ -34,6 +35,18 @@ def test_the_reason_is_said_once(monkeypatch):
     (line,) = said
     assert "'tensordicts'" in line
     assert collector.reason in line
+
+
+def test_a_module_that_wants_a_tensordict_at_each_step_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr("rl2_torchrl.collector.torchrl_logger.info", said.append)
+    env = bandit_env()
+    actor = GRUCategoricalActor.from_env(env)
+    next(m for m in actor.modules() if isinstance(m, GRUCore)).register_forward_hook(lambda *_: None)
+    collector = TrialCollector(env, actor, frames_per_batch=ROWS * PULLS, total_frames=-1, keep=["action"])
+    reason = "GRUCore of the policy is called with a TensorDict at each step"
+    assert (collector.backend, collector.reason) == ("tensors", reason)
+    assert reason in said[-1]
 
 
 class Counts(BernoulliBandit):

@@ -62,10 +62,8 @@ class TrialClock:
             self._counts, self.episode_steps, self._began_at = self._counts[-1:], episode_steps, begins_at
             before, self._plan = self._plan, [self._count(None) for _ in range(self.steps)]
             self.is_as_before, self._counted = before in ([], self._plan), self._made(0, self.steps)
-        for (
-            key,
-            value,
-        ) in self._counted.items():  # in the memory that a CUDA graph knows, whatever others have written there
+        # In the memory that a CUDA graph knows, whatever others have written there.
+        for key, value in self._counted.items():
             self._entries.setdefault(key, value.clone()).copy_(value)
 
     def tick(self, t: int, done: np.ndarray | None) -> Ends:

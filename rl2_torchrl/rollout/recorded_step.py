@@ -17,7 +17,7 @@ from rl2_torchrl.modules.acting import ActingPart, Run, State
 
 __all__ = ["RecordedStep"]
 
-#: A part and its function, None for a part that is called as it is.
+#: A part that is called as it is, and its function; or None, and what takes the place of several.
 Stage = tuple[ActingPart | None, Run]
 #: Steps from which on noting the first costs less than it saves, if it is done for each batch.
 _LEAST_STEPS = 6

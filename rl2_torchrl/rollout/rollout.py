@@ -82,6 +82,10 @@ class Rollout:
         # Who looks at each step is shown all that there is.
         is_shown = on_step is not None or ablation is not None
         self.trials = trials_of(env, steps, read, None if is_shown else keep, memory)
+        called = [type(part.module).__name__ for part in self.parts if part.way == "tensordict"]
+        slow = f"{', '.join(called)} of the policy is called with a TensorDict at each step" if called else None
+        #: Why this is not the fastest way to play; None where it is.
+        self.reason = "; ".join(filter(None, (self.trials.reason, slow))) or None
         parts = [each for part in self.parts for each in (part, part.later) if each is not None]
         written = [key for part in parts for key in part.out_keys]
         self._written = set(written)
