@@ -179,6 +179,68 @@ def test_an_lstm_takes_trials_of_unlike_lengths_as_rows(starts_at, calls, monkey
     torch.testing.assert_close(ours, stepped(core, x, None, is_init), rtol=0, atol=2e-6)
 
 
+def test_an_lstm_of_many_rows_takes_its_steps(monkeypatch):
+    core, forward, seen = build("lstm"), nn.LSTM.forward, []
+    monkeypatch.setattr(nn.LSTM, "forward", lambda self, *args: seen.append(args[0].shape) or forward(self, *args))
+    for rows, calls in ((511, 1), (512, 0)):
+        seen.clear()
+        is_init = torch.zeros(rows, 4, dtype=torch.bool)
+        is_init[1, 2] = True
+        core.sequence(torch.randn(rows, 4, 5), None, is_init)
+        assert len(seen) == calls
+
+
+def test_padding_is_of_a_trials_own():
+    core, x = build("lstm"), torch.randn(3, 9, 5)
+    x[1] = torch.nan
+    x.requires_grad_()
+    is_init = torch.zeros(3, 9, dtype=torch.bool)
+    is_init[0, 4] = is_init[1, 2] = is_init[1, 7] = is_init[2, 0] = is_init[2, 5] = True
+    core.sequence(x, None, is_init)[[0, 2]].sum().backward()
+    assert x.grad[[0, 2]].isfinite().all()
+
+
+class WritesIntoItsMemory(RecurrentCore):
+    def __init__(self):
+        super().__init__(4, {"hidden": (4,)}, input_size=5)
+        self.linear = nn.Linear(5, 4)
+
+    def step(self, x, hidden):
+        hidden.mul_(0.5).add_(self.linear(x))
+        return hidden, hidden
+
+
+def test_a_step_may_write_into_its_memory():
+    torch.manual_seed(0)
+    core, x, memory = WritesIntoItsMemory(), torch.randn(2, 6, 5), torch.ones(2, 6, 4)
+    is_init = torch.zeros(2, 6, dtype=torch.bool)
+    is_init[0, 3] = True
+    features, hidden = core.sequence(x, (memory,), is_init), torch.ones(2, 4)
+    for t in range(6):
+        hidden = torch.where(is_init[:, t, None], 0.0, hidden)
+        hidden = 0.5 * hidden + core.linear(x[:, t])
+        torch.testing.assert_close(features[:, t], hidden)
+    assert (memory == 1).all()
+    features.sum().backward()
+
+
+class Leaky(RecurrentCore):
+    def __init__(self):
+        super().__init__(4, {"hidden": (4,)}, input_size=5)
+        self.linear = nn.Linear(5, 4)
+
+    def step(self, x, hidden):
+        hidden = 0.5 * hidden + self.linear(x)
+        return hidden, hidden
+
+
+def test_a_users_core_is_one_graph():
+    core, x, is_init = Leaky(), torch.randn(2, 5, 5), torch.zeros(2, 5, dtype=torch.bool)
+    is_init[0, 2] = True
+    run = torch.compile(lambda x, is_init: core.sequence(x, None, is_init), backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(x, is_init), core.sequence(x, None, is_init))
+
+
 def test_where_no_trial_starts_nobody_asks(monkeypatch):
     asked = []
 

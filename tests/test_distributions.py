@@ -640,3 +640,27 @@ def test_choices_of_one_size_are_one_call(nvec, calls, one_hot, monkeypatch):
     torch.testing.assert_close(entropy, sum(part.entropy() for part in parts))
     assert len(seen) == calls
     assert action.shape[-1] == (sum(nvec) if one_hot else len(nvec))
+
+
+class Calm(ProbabilisticTensorDictModule):
+    """Draws what it says itself."""
+
+    def get_dist(self, tensordict, *args, **kwargs):
+        return D.Laplace(tensordict["loc"], torch.full_like(tensordict["loc"], 1e-3))
+
+
+def test_a_class_says_what_it_draws_and_how_it_is_scored():
+    module = Calm(["loc", "scale"], ["action"], distribution_class=D.Laplace, return_log_prob=True)
+    loc, scale = torch.zeros(3), torch.ones(3)
+    action = distribution_of(module).act(loc, scale)
+    assert action.abs().max() < 0.1
+    log_prob, _ = distribution_of(module).log_prob_and_entropy(action, loc, scale)
+    torch.testing.assert_close(log_prob, D.Laplace(loc, 1e-3).log_prob(action))
+
+
+def test_keywords_of_a_distribution_may_change():
+    options = {"distribution_class": D.Laplace, "distribution_kwargs": {"scale": 1e-3}}
+    module = ProbabilisticTensorDictModule(["loc"], ["action"], **options)
+    distribution = distribution_of(module)
+    module.distribution_kwargs["scale"] = 1e3
+    assert distribution.act(torch.zeros(30)).abs().max() > 1

@@ -133,6 +133,8 @@ class RecurrentCore(TensorDictModuleBase):
             if may_start[t]:
                 first = tuple(m[:, t] for m in memory) if is_stored else initial
                 state = [where_rows(is_init[:, t], *pair) for pair in zip(first, state, strict=True)]
+            elif is_init is not None:
+                state = [m.clone() for m in state]  # a step may write into its memory, which others hold
             given = self.step(x[:, t], *state)
             if t == 0:
                 self._require_outputs(given, x.shape[0])
@@ -235,8 +237,9 @@ class RecurrentCore(TensorDictModuleBase):
             raise KeyError(hint * in_rows + lost_memory(self.in_keys[1:-1]))
 
 
-#: How many times the steps of its rows an LSTM is given, and not step by step.
-_MOST_PADDING = 4
+#: An LSTM goes step by step where it would be given more than so many times its rows' steps, or where a step of all rows gives
+#: so many numbers that it is worth a call of its own.
+_MOST_PADDING, _MANY = 4, 2**13
 
 
 class LSTMCore(RecurrentCore):
@@ -303,9 +306,11 @@ class LSTMCore(RecurrentCore):
         first = starts.flatten().nonzero().squeeze(-1)
         lengths = first.diff(append=first.new_tensor([starts.numel()]))
         step = torch.arange(int(lengths.max()), device=x.device)
-        if len(first) * len(step) > _MOST_PADDING * starts.numel():
+        is_much = len(first) * len(step) > _MOST_PADDING * starts.numel()
+        if is_much or len(x) * max(self.features_size, 16) >= _MANY:
             return None
-        index = (first.unsqueeze(-1) + step).clamp_max(starts.numel() - 1)
+        # Beyond its end a trial's last step again: no other's may reach its gradient.
+        index = first.unsqueeze(-1) + torch.minimum(step, lengths.unsqueeze(-1) - 1)
         state = memory and tuple(m.flatten(0, 1)[first].transpose(0, 1).contiguous() for m in memory)
         y, _ = self.lstm(x.flatten(0, 1)[index], state)
         return y[step < lengths.unsqueeze(-1)].unflatten(0, batch)
@@ -329,7 +334,7 @@ def _may_start(is_init: Tensor | None, steps: int, *, is_known: bool) -> list[bo
     """At which of the ``steps`` a trial may start in some row; unless that ``is_known``, or costs no wait for a device, at all."""
     if is_init is None:
         return [False] * steps
-    is_known = is_known and is_init.is_cpu and not kernels.is_transformed() and not torch.compiler.is_compiling()
+    is_known = is_known and not torch.compiler.is_compiling() and is_init.is_cpu and not kernels.is_transformed()
     return is_init.any(0).tolist() if is_known else [True] * steps
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal
@@ -542,6 +543,8 @@ def distribution_of(module: ProbabilisticTensorDictModule) -> ActionDistribution
         known = None  # keywords that ours does not have
     if known is None or names != known.parameter_keys:
         known = ActionDistribution(1, names, module.distribution_class, kwargs)
+        known._module = copy(module)  # whose class may say otherwise what is drawn
+        known._module.return_log_prob = False  # or it would score each draw, too
     return known
 
 
