@@ -364,9 +364,9 @@ def test_kernels_for_two_dtypes_are_not_one_call():
     encoder = TensorDictModule(MLPEncoder(8, [8]), ["trans"], ["encoded"])
     double = TensorDictModule(lambda x: x.double(), ["encoded"], ["doubled"])
     head = TensorDictModule(Head(8, 3, init_range=1.0, dtype=torch.float64), ["doubled"], ["logits"])
-    step = RecordedStep([part for module in (encoder, double, head) for part in acting_parts(module)], 3)
+    step = RecordedStep([part for module in (encoder, double, head) for part in acting_parts(module)], STEPS)
     step.start_batch()
-    for _ in range(3):
+    for _ in range(STEPS):
         state = {"trans": torch.randn(ROWS, 8)}
         step(state)
         assert torch.equal(state["logits"], head.module(encoder.module(state["trans"]).double()))
