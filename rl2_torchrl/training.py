@@ -8,10 +8,12 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import BaseCollector
 from torchrl.record.loggers import Logger
@@ -27,7 +29,7 @@ from rl2_torchrl.arguments import (
 from rl2_torchrl.callbacks import Callback
 from rl2_torchrl.checkpoints import RunCheckpoints
 from rl2_torchrl.history import TrainResult
-from rl2_torchrl.interrupts import EndRequested, deferred_interrupts
+from rl2_torchrl.interrupts import EndRequested, Interrupts, deferred_interrupts
 from rl2_torchrl.logs import ScalarLog
 from rl2_torchrl.progress import progress_bar
 from rl2_torchrl.rollout.turns import watch
@@ -158,61 +160,91 @@ def train(
         given = {"evaluate": evaluate, "scalars": scalars, "check": check, "begin": begin}
         loop = Loop(**parts, **given, schedule_frames=schedule_frames or total)
         loop.require_abreast()
-
-        def is_last(row: dict[str, float]) -> bool:
-            if is_stopped := stop is not None and bool(stop(row)):
-                log.info(
-                    "stop() ends the training at %s env steps, with time/seconds %.3g.",
-                    result.env_steps,
-                    result.seconds,
-                )
-            return is_stopped or result.env_steps >= total
-
-        def evaluated(row: dict[str, float]) -> bool:
-            try:
-                with interrupts.at_once():  # a job that shall end may be given less time than an evaluation takes
-                    loop.evaluate(row)
-            except EndRequested:
-                log.warning("the evaluation is given up, and made up for when the run is resumed.")
-                return False
-            return True
-
         with progress_bar(total, result.env_steps, progress) as bar, deferred_interrupts() as interrupts:
-            try:
-                made_up = goes_on and loop.make_up(eval_interval, total)
-                [last] = loop.in_any_process(made_up and is_last(result.history[-1]))
-                for batch in () if last else loop.batches(before_each=saved.before_rollout):
-                    row = loop.learn(batch)
-                    due = len(result.history) % eval_interval == 0
-                    # With `stop`, which sees it, to be made up for when the run is resumed.
-                    put_off = due and evaluate is not None and bool(interrupts) and result.env_steps < total
-                    put_off |= due and not put_off and not evaluated(row)
-                    ends, result.interrupted = loop.in_any_process(not put_off and is_last(row), bool(interrupts))
-                    if ends and not due:
-                        loop.evaluate(row)  # in any case: a resumed run does not make up for the last one of all
-                    last = ends or result.interrupted
-                    bar(loop.record(row))
-                    if last or len(result.history) % checkpoint_interval == 0:
-                        saved.save(last=last)
-                    if last:
-                        break
-                else:
-                    if last or loop.finish():
-                        saved.save(last=True)
-            except Exception as error:
-                if loop.keep_what_is_learnt():
-                    saved.save_on_the_way_out(rollout=not loop.in_rollout)
-                if not (interrupts and loop.in_rollout):
-                    raise
-                log.warning("the rollout was cut short, since the signal has ended its processes, too: %r", error)
+            run = _Run(loop, saved, result, total, bar, interrupts, stop, eval_interval, checkpoint_interval)
+            run(goes_on=goes_on)
     result.interrupted |= bool(interrupts)
+    _warn_where_nothing_is_learnt(result)
+    interrupts.pass_on()
+    return result
+
+
+@dataclass
+class _Run:
+    """The loop over batches, until the frames are spent, ``stop`` says so, or a signal comes; and what becomes of an error."""
+
+    loop: Loop
+    saved: RunCheckpoints
+    result: TrainResult
+    total: float
+    bar: Callable[[dict[str, float]], None]
+    interrupts: Interrupts
+    stop: Callable[[dict[str, float]], bool] | None
+    eval_interval: int
+    checkpoint_interval: int
+
+    def __call__(self, *, goes_on: bool) -> None:
+        try:
+            self._until_the_end(goes_on)
+        except Exception as error:
+            if self.loop.keep_what_is_learnt():
+                self.saved.save_on_the_way_out(rollout=not self.loop.in_rollout)
+            if not (self.interrupts and self.loop.in_rollout):
+                raise
+            log.warning("the rollout was cut short, since the signal has ended its processes, too: %r", error)
+
+    def _until_the_end(self, goes_on: bool) -> None:
+        made_up = goes_on and self.loop.make_up(self.eval_interval, self.total)
+        [is_over] = self.loop.in_any_process(made_up and self._is_last(self.result.history[-1]))
+        if not is_over:
+            for batch in self.loop.batches(before_each=self.saved.before_rollout):
+                if self._is_done_after(batch):
+                    return
+        if is_over or self.loop.finish():
+            self.saved.save(last=True)
+
+    def _is_done_after(self, batch: TensorDictBase) -> bool:
+        """One update, with what is due after it; whether it is the last."""
+        loop, history = self.loop, self.result.history
+        row = loop.learn(batch)
+        due = len(history) % self.eval_interval == 0
+        is_put_off = due and not self._evaluated(row)
+        ends, self.result.interrupted = loop.in_any_process(
+            not is_put_off and self._is_last(row), bool(self.interrupts)
+        )
+        if ends and not due:
+            loop.evaluate(row)  # in any case: a resumed run does not make up for the last one of all
+        is_last = ends or self.result.interrupted
+        self.bar(loop.record(row))
+        if is_last or len(history) % self.checkpoint_interval == 0:
+            self.saved.save(last=is_last)
+        return is_last
+
+    def _evaluated(self, row: dict[str, float]) -> bool:
+        """Whether an evaluation that is due has been made; if not, a resumed run makes up for it, with ``stop``, which sees it."""
+        if self.loop.evaluates and self.interrupts and self.result.env_steps < self.total:
+            return False
+        try:
+            with self.interrupts.at_once():  # a job that shall end may be given less time than an evaluation takes
+                self.loop.evaluate(row)
+        except EndRequested:
+            log.warning("the evaluation is given up, and made up for when the run is resumed.")
+            return False
+        return True
+
+    def _is_last(self, row: dict[str, float]) -> bool:
+        if is_stopped := self.stop is not None and bool(self.stop(row)):
+            steps, seconds = self.result.env_steps, self.result.seconds
+            log.info("stop() ends the training at %s env steps, with time/seconds %.3g.", steps, seconds)
+        return is_stopped or self.result.env_steps >= self.total
+
+
+def _warn_where_nothing_is_learnt(result: TrainResult) -> None:
     if result.history and result.history[-1].get("train/epochs") == 0 and not result.interrupted:
         log.warning(
             "nothing has been learnt: the only batch went to the networks' normalisation (normalize=True), which must know data "
             "before an update can be made. Train for more batches (total_frames)."
         )
-    interrupts.pass_on()
-    return result
 
 
 @contextmanager

@@ -170,9 +170,14 @@ class Loop:
                 _PATIENCE * batch.shape[-1],
             )
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are evaluations."""
+        return self._evaluate is not None
+
     def evaluate(self, row: dict[str, float]) -> None:
         """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""
-        if self._evaluate is None:
+        if not self.evaluates:
             return
         with _turn, random_numbers_put_back():
             _add(row, "eval/", self._evaluate(), "evaluate")
@@ -209,7 +214,7 @@ class Loop:
     def make_up(self, eval_interval: int, total: int) -> bool:
         """Evaluates the last update of a resumed run, where that was due and an interruption or an error was in its way; or not."""
         history, env_steps = self._result.history, self._result.env_steps
-        if self._evaluate is None or not history or history[-1]["env_steps"] != env_steps or _is_evaluated(history[-1]):
+        if not self.evaluates or not history or history[-1]["env_steps"] != env_steps or _is_evaluated(history[-1]):
             return False
         due = (len(history) - 1) % eval_interval == 0 or env_steps >= total
         if due:
