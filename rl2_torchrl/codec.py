@@ -194,8 +194,6 @@ class Decoder:
         if not isinstance(saved, dict):
             return saved
         ((kind, content),) = saved.items()
-        # Two names of one thing may be those of two by the time that was saved.
-        now = None if id(now) in self._taken else now
         match kind:
             case _ if kind in _MAKERS:
                 return _MAKERS[kind](self(content))
@@ -207,6 +205,11 @@ class Decoder:
                 return tuple.__new__(_class_named(content[0], self._packages, tuple), self(content[1]))
             case "again":
                 return self._met[content]
+        # Two names of one thing may be those of two by the time that was saved.
+        return self._mutable(kind, content, None if id(now) in self._taken else now)
+
+    def _mutable(self, kind: str, content: Any, now: Any) -> Any:
+        match kind:
             case "tensor":
                 return self._meet(self._tensor(*content))
             case "array":

@@ -97,22 +97,7 @@ class Loop:
         self._progress = min(1.0, result.env_steps / self._schedule_frames)
         trial_return = self._returns(batch)
         self._warn_of_endless_trials(trial_return, batch)
-        is_checked = self._first and self._check
-        # A copy writes out what is a view, as a row's task is: none where nobody may change the batch.
-        collected = batch.clone() if is_checked and self._callbacks else batch
-        for callback in self._callbacks:
-            returned = callback.after_batch(batch, self._progress)
-            if returned is not None and returned is not batch:
-                raise TypeError(
-                    f"{type(callback).__name__}.after_batch returned what no update would see: change the batch in place, or "
-                    "return nothing."
-                )
-        if is_checked:  # as it was collected, and with what callbacks have added for terms
-            added = [key for key in batch.keys(True, True) if key not in collected.keys(True, True)]
-            with random_numbers_put_back():
-                report = check_training(self._collector, self._update, collected.update(batch.select(*added)))
-            for note in report.notes:
-                log.warning("of the first batch: %s.", note)
+        self._check_and_call_back(batch)
         try:
             with exploring(None):
                 metrics = self._update(batch, self._progress)
@@ -140,6 +125,25 @@ class Loop:
         for callback in self._callbacks:
             _add(row, "", callback.after_update(row, self._progress) or {}, "a callback's after_update")
         return row
+
+    def _check_and_call_back(self, batch: TensorDictBase) -> None:
+        """Callbacks may change ``batch``; a training's first one is checked as it was collected, with what they add for terms."""
+        is_checked = self._first and self._check
+        # A copy writes out what is a view, as a row's task is: none where nobody may change the batch.
+        collected = batch.clone() if is_checked and self._callbacks else batch
+        for callback in self._callbacks:
+            returned = callback.after_batch(batch, self._progress)
+            if returned is not None and returned is not batch:
+                raise TypeError(
+                    f"{type(callback).__name__}.after_batch returned what no update would see: change the batch in place, or "
+                    "return nothing."
+                )
+        if is_checked:
+            added = [key for key in batch.keys(True, True) if key not in collected.keys(True, True)]
+            with random_numbers_put_back():
+                report = check_training(self._collector, self._update, collected.update(batch.select(*added)))
+            for note in report.notes:
+                log.warning("of the first batch: %s.", note)
 
     def in_any_process(self, *flags: bool) -> list[bool]:
         """Whether each flag is set in this process, or in one of those that update together with it; all of them must ask."""

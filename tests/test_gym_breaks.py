@@ -130,11 +130,11 @@ def test_no_process_is_left_of_an_env_that_cannot_be_made(monkeypatch):
 
     made = []
 
-    def remember(*args, **kwargs):
-        made.append(AsyncVectorEnv(*args, shared_memory=False, **kwargs))
+    def remember(makers):
+        made.append(AsyncVectorEnv(makers, shared_memory=False, context="fork", autoreset_mode=AutoresetMode.DISABLED))
         return made[0]
 
-    monkeypatch.setattr("rl2_torchrl.envs.gym_vector.AsyncVectorEnv", remember)
+    monkeypatch.setattr("rl2_torchrl.envs.gym_vector.in_processes", remember)
     with pytest.raises(TypeError, match="no fixed size"):
         GymVectorEnv(Graphs, 2, vectorization="async")
     assert gone(made[0].processes)

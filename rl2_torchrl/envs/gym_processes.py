@@ -1,19 +1,43 @@
-"""The processes of Gymnasium's `AsyncVectorEnv`: calls that leave none of them behind, and what their rows are at the end."""
+"""The processes of Gymnasium's `AsyncVectorEnv`: made, called so that none is left behind, and asked for their rows."""
 
 from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError
-from gymnasium.vector import AsyncVectorEnv, VectorEnv
+import gymnasium
+from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError, CustomSpaceError
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, VectorEnv
+from torchrl import torchrl_logger
 
-__all__ = ["call", "last_row_states", "processes_of"]
+from rl2_torchrl.interrupts import signals_blocked
 
+__all__ = ["call", "in_processes", "last_row_states", "processes_of"]
+
+#: A terminal's signals reach all processes: these go on until a training has made its update and saved their state. Not SIGTERM,
+#: by which a program's end ends them.
+_OF_PARENT = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 #: What a vector env raises whose processes are gone, closed, or in the middle of a step.
 _NOT_ANSWERING = (ClosedEnvironmentError, AlreadyPendingCallError, EOFError, OSError)
+
+
+def in_processes(makers: Sequence[Callable[[], gymnasium.Env]]) -> AsyncVectorEnv:
+    """The envs that ``makers`` make, each in a process of its own, which whoever steps them resets."""
+    # TorchRL makes "spawn" the default of the whole program, with which each env would import PyTorch for seconds.
+    context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    # What they return is copied by whoever reads it, with a change of dtype where there is one.
+    options = {"context": context, "copy": False, "autoreset_mode": AutoresetMode.DISABLED}
+    with signals_blocked(_OF_PARENT):
+        try:
+            return AsyncVectorEnv(makers, **options)
+        except ValueError as error:
+            if not isinstance(error.__cause__, CustomSpaceError):
+                raise
+            torchrl_logger.info(f"GymVectorEnv: observations go through pipes, not shared memory: {error.__cause__}")
+            return AsyncVectorEnv(makers, shared_memory=False, **options)
 
 
 def processes_of(envs: VectorEnv) -> AsyncVectorEnv | None:

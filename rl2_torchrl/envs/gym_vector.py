@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +11,6 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec
-from gymnasium.error import CustomSpaceError
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
@@ -21,7 +18,7 @@ from torchrl import torchrl_logger
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 
 from rl2_torchrl.arguments import as_list, whole
-from rl2_torchrl.envs.gym_processes import call, last_row_states, processes_of
+from rl2_torchrl.envs.gym_processes import call, in_processes, last_row_states, processes_of
 from rl2_torchrl.envs.gym_row import TASKS, GymRow
 from rl2_torchrl.envs.gym_spaces import ActionSpace, ObservationSpace, misfits
 from rl2_torchrl.envs.gym_sync import SyncRows
@@ -29,14 +26,9 @@ from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.envs.rows import Entries, Rows, merge
 from rl2_torchrl.envs.task_setter import warn_of_added
 from rl2_torchrl.envs.tensor_env import TensorEnv
-from rl2_torchrl.interrupts import signals_blocked
 from rl2_torchrl.storage import from_tensor, to_tensor
 
 __all__ = ["GymVectorEnv"]
-
-#: A terminal's signals reach all processes: these go on until a training has made its update and saved their state. Not SIGTERM,
-#: by which a program's end ends them.
-_OF_PARENT = [getattr(signal, name) for name in ("SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class GymVectorEnv(TensorEnv):
@@ -176,40 +168,15 @@ class GymVectorEnv(TensorEnv):
             raise TypeError(
                 f"{sorted(kwargs)} are gymnasium.make's, which is called for an id alone; here env is {env}."
             )
-        if isinstance(env, gymnasium.Env):
-            raise TypeError(
-                f"{env} is one env, and each row needs its own: give a function that makes one, lambda: ... . If it holds many "
-                "envs, as EnvPool's do, give it gymnasium.vector.VectorEnv's interface first: autoreset_mode DISABLED in its "
-                "metadata, and a reset that resets the rows of options['reset_mask'] alone."
-            )
-        if callable(env) and num_envs is None:
-            raise ValueError(f"num_envs={num_envs}: say how many envs shall stand side by side, such as num_envs=16.")
-        makers = [env] * num_envs if callable(env) else list(env)
-        if not makers or num_envs not in (None, len(makers)):
-            raise ValueError(f"{len(makers)} functions and num_envs={num_envs}: one function makes one row.")
-        makers = [
-            partial(GymRow, make, n, self.set_task, self.tasks, self.task_option, info_keys)
-            for n, make in enumerate(makers)
-        ]
-        if vectorization == "sync":
-            envs = SyncRows(makers, asks=bool(info_keys))
-            if len({id(row.unwrapped) for row in envs.envs}) < len(makers):
-                raise ValueError("several rows got the same env: the functions must each make a new one at every call.")
-            return envs
-        # TorchRL makes "spawn" the default of the whole program, with which each env would import PyTorch for seconds.
-        context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-        # What they return is copied here, with a change of dtype where there is one.
-        options = {"context": context, "copy": False, "autoreset_mode": AutoresetMode.DISABLED}
-        with signals_blocked(_OF_PARENT):
-            try:
-                return AsyncVectorEnv(makers, **options)
-            except ValueError as error:
-                if not isinstance(error.__cause__, CustomSpaceError):
-                    raise
-                torchrl_logger.info(
-                    f"GymVectorEnv: observations go through pipes, not shared memory: {error.__cause__}"
-                )
-                return AsyncVectorEnv(makers, shared_memory=False, **options)
+        makers = _makers_of(env, num_envs)
+        told = self.set_task, self.tasks, self.task_option, info_keys
+        makers = [partial(GymRow, make, n, *told) for n, make in enumerate(makers)]
+        if vectorization == "async":
+            return in_processes(makers)
+        envs = SyncRows(makers, asks=bool(info_keys))
+        if len({id(row.unwrapped) for row in envs.envs}) < len(makers):
+            raise ValueError("several rows got the same env: the functions must each make a new one at every call.")
+        return envs
 
     # ---------------------------------------------------------------- a step
     def begin(self, task: Tensor | TensorDictBase | None, rows: Tensor) -> tuple[None, Entries]:
@@ -556,6 +523,22 @@ def _task_spec(set_task, task_spec, tasks, task_option: str | None) -> TensorSpe
     if tasks is not None and not tasks:
         raise ValueError("tasks=[] holds no task to draw.")
     return Categorical(len(tasks)) if task_spec is None else task_spec
+
+
+def _makers_of(env: Any, num_envs: int | None) -> list[Callable[[], gymnasium.Env]]:
+    """A function for each row."""
+    if isinstance(env, gymnasium.Env):
+        raise TypeError(
+            f"{env} is one env, and each row needs its own: give a function that makes one, lambda: ... . If it holds many "
+            "envs, as EnvPool's do, give it gymnasium.vector.VectorEnv's interface first: autoreset_mode DISABLED in its "
+            "metadata, and a reset that resets the rows of options['reset_mask'] alone."
+        )
+    if callable(env) and num_envs is None:
+        raise ValueError(f"num_envs={num_envs}: say how many envs shall stand side by side, such as num_envs=16.")
+    makers = [env] * num_envs if callable(env) else list(env)
+    if not makers or num_envs not in (None, len(makers)):
+        raise ValueError(f"{len(makers)} functions and num_envs={num_envs}: one function makes one row.")
+    return makers
 
 
 def _autoreset(envs: VectorEnv) -> AutoresetMode:
