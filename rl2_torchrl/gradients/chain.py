@@ -94,9 +94,8 @@ class ChainPart(Part):
         if not fits or not x.numel():
             return False
         if more:
-            Recording.interrupt()
-            self._joined = _activated(x, self.first)
-            x = torch.cat((self._joined, *(as_reals(other, x) for other in more)), -1)
+            self._joined = first = _activated(x, self.first)
+            x = Recording.made(lambda: torch.cat((first, *(as_reals(other, first) for other in more)), -1))
         self._inputs = []
         for before, layer in zip(self.before, self.linears, strict=True):
             x = _activated(x, "tanh") if before == "tanh" else contiguous(x)
@@ -135,11 +134,7 @@ def _layer(
     if is_small(weight):
         return linear_kernel(weight, bias, relu=has_relu)
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        Recording.interrupt()
-        return nn.functional.linear(x.relu() if has_relu else x, weight, bias)
-
-    return run
+    return lambda x: Recording.made(lambda: nn.functional.linear(x.relu() if has_relu else x, weight, bias))
 
 
 def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,12 +144,12 @@ def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tens
         gradients = Workspace.make(weight, weight.shape), Workspace.make(weight, weight.shape[:1])
         linear_gradients(x, weight, slope, d_x, *gradients, relu=has_relu)
         return gradients
-    Recording.interrupt()
-    flat, slopes = x.view(-1, x.shape[-1]), slope.reshape(-1, len(weight))
+    flat, slopes = x.view(-1, x.shape[-1]), contiguous(slope).view(-1, len(weight))
     if d_x is not None:
-        torch.mm(slopes, weight, out=d_x.view(flat.shape))
+        Recording.work(lambda: torch.mm(slopes, weight, out=d_x.view(flat.shape)))
         _before_activation(d_x, x, "relu" if has_relu else None)
-    return slopes.t() @ (flat.relu() if has_relu else flat), slopes.sum(0)
+    d_weight = Recording.made(lambda: slopes.t() @ (flat.relu() if has_relu else flat))
+    return d_weight, Recording.made(lambda: slopes.sum(0))
 
 
 def _name_of(layer: nn.Module) -> str | None:

@@ -11,11 +11,12 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.kernels.recording import Recording
+from rl2_torchrl.kernels.recording import ChangedError, Recording
+from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "laid_as", "on_copies", "on_entries"),
-    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "others_than", "outputs_of", "runs"),
+    *("IGNORED", "Gradients", "Part", "State", "accumulate", "entries_of", "in_python", "laid_as", "on_copies"),
+    *("brings", "has_hooks", "is_bare", "is_function", "is_watched", "on_entries", "others_than", "outputs_of", "runs"),
 ]
 
 #: Named tensors: entries ``[N, T, ...]`` of a minibatch, and what networks make of them.
@@ -30,8 +31,7 @@ class Part:
     """One function of a network, from entries ``in_keys`` to entries ``out_keys``, with its gradient: autograd's, for it alone.
 
     What derives from it may bring its own, by `forward_by_hand` and `backward_by_hand`. Those of this package, while a `Recording`
-    is on, do no more than kernels on memory of `Workspace`, or say so by `Recording.interrupt`; what the one keeps for the other
-    stays as it is.
+    is on, do no more than kernels on memory of `Workspace`, and all else by `Recording.work` and `Recording.made`.
 
     Args:
         function: from tensors, None for those of ``optional`` that are missing, to a tensor or a tuple of them.
@@ -91,19 +91,23 @@ class Part:
 
     def forward(self, state: State) -> None:
         """As `run`, where autograd is off, as it is for `backward`; keeps what that needs."""
-        if not self.starts_by_hand(state):
-            self.forward_by_autograd(state)
+        if not (self._is_ours() and self._starts_by_hand(state)):
+            state.update(in_python(self._forward_in_python, state, self.in_keys))
 
-    def starts_by_hand(self, state: State) -> bool:
-        """`forward_by_hand`, which `backward` then goes back through; False where nothing has been done."""
-        if not type(self).__module__.startswith("rl2_torchrl."):  # it may do more than kernels do
-            Recording.interrupt()
+    def _is_ours(self) -> bool:
+        """Whether a `Recording` notes all that it does by hand; one of a user's may do more."""
+        return type(self).__module__.startswith("rl2_torchrl.")
+
+    def _starts_by_hand(self, state: State) -> bool:
         self.is_by_hand = self.forward_by_hand(state)
         return self.is_by_hand
 
-    def forward_by_autograd(self, state: State) -> None:
-        """`forward` where `starts_by_hand` has done nothing."""
-        Recording.interrupt()
+    def _forward_in_python(self, state: State) -> State:
+        if not self._starts_by_hand(state):
+            self._forward_by_autograd(state)
+        return {key: state[key] for key in self.out_keys}
+
+    def _forward_by_autograd(self, state: State) -> None:
         carrying = [key for key in self.in_keys if key in self.wanted and state[key].is_floating_point()]
         self._leaves = {key: state[key].detach().requires_grad_() for key in carrying}
         entries = {**state, **self._leaves}
@@ -124,19 +128,18 @@ class Part:
 
     def backward(self, gradients: Gradients) -> None:
         """Takes the gradients by ``out_keys`` out of ``gradients``; adds those by ``wanted`` and by its parameters."""
+        if self.is_by_hand and self._is_ours():
+            self.backward_by_hand(gradients)
+            return
+        slopes = {key: gradients.pop(key) for key in self.out_keys if key in gradients}
+        self._add(in_python(self._backward_in_python, slopes, slopes), gradients)
+
+    def _backward_in_python(self, gradients: Gradients) -> Gradients:
+        """What is to be added, which may lie in each other's memory, from ``gradients`` by ``out_keys``."""
         if self.is_by_hand:
             self.backward_by_hand(gradients)
-        else:
-            self.add(self.backward_by_autograd(gradients), gradients)
-
-    def add(self, found: Gradients, gradients: Gradients) -> None:
-        """Adds what `backward_by_autograd` has ``found``: copies, since others add to it in place, and a hook may keep it."""
-        for source, gradient in found.items():
-            accumulate(gradients, source, gradient.clone(memory_format=torch.contiguous_format))
-
-    def backward_by_autograd(self, gradients: Gradients) -> Gradients:
-        """Takes the gradients by ``out_keys`` out of ``gradients``; those to be added, which may lie in each other's memory."""
-        ends = [(out, gradients.pop(key, None)) for key, out in zip(self.out_keys, self._outputs, strict=True)]
+            return gradients
+        ends = [(out, gradients.get(key)) for key, out in zip(self.out_keys, self._outputs, strict=True)]
         ends = [(out, slope) for out, slope in ends if slope is not None and out.requires_grad]
         sources, self._outputs = [*self._leaves, *(p for p in self.sources if p.requires_grad)], []
         if not ends or not sources:
@@ -145,24 +148,63 @@ class Part:
         found = torch.autograd.grad(outs, [self._leaves.get(s, s) for s in sources], slopes, allow_unused=True)
         return {s: gradient for s, gradient in zip(sources, found, strict=True) if gradient is not None}
 
+    def _add(self, found: Gradients, gradients: Gradients) -> None:
+        """Adds what Python has ``found``: copies, since others add to it in place, and a hook may keep it."""
+        is_copy = Recording.active() is not None
+        for source, gradient in found.items():
+            own = gradient if is_copy else gradient.clone(memory_format=torch.contiguous_format)
+            accumulate(gradients, source, own)
+
+
+def in_python(run: Callable[[State], Gradients], state: State, keys: Iterable[NestedKey]) -> Gradients:
+    """``run(state)``, by more than kernels; a `Recording` that is on does it again.
+
+    It then shows copies of the entries ``keys``, which may be kept, and copies what is made to where kernels read it.
+
+    Raises:
+        ChangedError: of what is made again some is missing, more than before, or of another shape.
+    """
+    if (recording := Recording.active()) is None:
+        return run(state)
+    before, paths = dict(state), [_path(key) for key in keys]
+    read = [key for key in before if any(_path(key)[: len(path)] == path for path in paths)]
+
+    def make() -> Gradients:
+        return run({**before, **{key: before[key].clone() for key in read}})
+
+    with recording.off():
+        first = make()
+    made = {key: Workspace.take(each, tuple(each.shape)) for key, each in first.items()}
+
+    def write(found: Gradients) -> None:
+        if {key: each.shape for key, each in found.items()} != {key: each.shape for key, each in made.items()}:
+            raise ChangedError
+        for key, each in found.items():
+            made[key].copy_(each)
+
+    with recording.off():
+        write(first)
+    recording.calls.append(lambda: write(make()))
+    return made
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
 
 def accumulate(gradients: Gradients, key: NestedKey | nn.Parameter, gradient: torch.Tensor) -> None:
     """Adds ``gradient``, whose memory is the caller's to give away, to the one under ``key``."""
     if key not in gradients:
         gradients[key] = gradient
-    elif Recording.active() is not None and _add_by_kernel(gradients[key], gradient):
         return
+    total = gradients[key]
+    alike = (total.shape, total.dtype, total.device.type) == (gradient.shape, gradient.dtype, "cpu")
+    are_plain = alike and total.is_contiguous() and gradient.is_contiguous()
+    if Recording.active() is not None and are_plain and (library := kernels.load(total.dtype)) is not None:
+        size = gradient.numel()
+        library.add(size, gradient.data_ptr(), total.data_ptr(), kernels.threads_for(size))
     else:
-        gradients[key].add_(gradient)
-
-
-def _add_by_kernel(total: torch.Tensor, more: torch.Tensor) -> bool:
-    alike = (total.shape, total.dtype, total.device.type) == (more.shape, more.dtype, "cpu")
-    if not alike or not (total.is_contiguous() and more.is_contiguous()) or kernels.load(more.dtype) is None:
-        Recording.interrupt()
-        return False
-    kernels.load(more.dtype).add(more.numel(), more.data_ptr(), total.data_ptr(), kernels.threads_for(more.numel()))
-    return True
+        Recording.work(lambda: total.add_(gradient))
 
 
 def laid_as(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
@@ -170,7 +212,6 @@ def laid_as(parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
     are_plain = gradient.is_contiguous() and parameter.is_contiguous()  # a dimension of one entry may have any stride
     if are_plain or gradient.stride() == parameter.stride():
         return gradient
-    Recording.interrupt()
     return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
@@ -194,7 +235,7 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
 
 def _sub_entries(state: State, key: NestedKey, dims: int) -> TensorDict | None:
     """What lies within ``key``; None where there is nothing."""
-    path = key if isinstance(key, tuple) else (key,)
+    path = _path(key)
     below = [name for name in state if isinstance(name, tuple) and name[: len(path)] == path]
     if not below:
         return None

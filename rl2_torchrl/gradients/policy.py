@@ -101,8 +101,7 @@ def _addresses(action: torch.Tensor, *others: torch.Tensor | None) -> tuple[int 
 def _scale(log_scale: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
     """``exp(log_scale)`` ``[action_dim]`` for each of ``loc`` ``[N, T, action_dim]``."""
     if not kernels.covers(loc, log_scale) or not log_scale.is_contiguous() or log_scale.shape != loc.shape[-1:]:
-        Recording.interrupt()
-        return log_scale.exp().expand_as(loc)
+        return Recording.made(log_scale.exp).expand_as(loc)
     scale = Workspace.make(loc, loc.shape)
     rows, size, _, *addresses = _addresses(loc, log_scale, scale)
     kernels.load(loc.dtype).gaussian_scale(rows, size, *addresses)
@@ -141,7 +140,8 @@ class GaussianHeadPart(Part):
         if by_log is not None:
             accumulate(gradients, self.log_std, by_log)
         if by_scale is not None:
-            Recording.interrupt()
-            accumulate(gradients, self.log_std, by_scale.flatten(0, -2).sum(0) * self.log_std.detach().exp())
+            log_std = self.log_std.detach()
+            slope = Recording.made(lambda: by_scale.flatten(0, -2).sum(0) * log_std.exp())
+            accumulate(gradients, self.log_std, slope)
         if loc in gradients:
             self.mean.backward(gradients)

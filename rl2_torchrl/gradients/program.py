@@ -15,13 +15,15 @@ from tensordict import NestedKey, TensorDictBase
 from torch import nn
 
 from rl2_torchrl import kernels
-from rl2_torchrl.gradients.part import Gradients, Part, State, entries_of, laid_as
+from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, in_python, laid_as
 
 __all__ = ["Program", "TermPart", "Values", "losses_of", "merge_losses", "numbers_of", "values_of"]
 
 
 #: Losses and diagnostics by name: numbers, and tensors where one is more than a number.
 Values = dict[str, float | torch.Tensor]
+#: Gives those of the last minibatch, or of the ``numbers`` that a `Recording`'s kernels have left of one.
+Figures = Callable[[Sequence[float] | None], Values]
 
 
 class Program:
@@ -42,9 +44,9 @@ class Program:
         for part in (*self.parts, *self.terms):
             # A term on weights, or a layer tied to another's, reaches what it does not own.
             part.sources = self.parameters
-        self._follow_gradients()
+        self.follow_gradients()
 
-    def _follow_gradients(self) -> None:
+    def follow_gradients(self) -> None:
         """Tells each part which entries carry a gradient to it."""
         carrying: set[NestedKey] = set()
         for part in (*self.parts, *self.terms):
@@ -55,14 +57,6 @@ class Program:
             else:
                 carrying.difference_update(part.out_keys)
 
-    def forward(self, part: Part, state: State) -> bool:
-        """`Part.forward`; whether its outputs are now known to carry a gradient, by parameters of others, which they were not."""
-        carried = part.carries
-        part.forward(state)
-        if part.carries != carried:
-            self._follow_gradients()
-        return part.carries != carried
-
     @torch.no_grad()
     def __call__(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float]:
         """Losses and diagnostics of the sequences ``data``, entries ``[N, T, ...]``, and the gradients of all losses' sum.
@@ -72,21 +66,33 @@ class Program:
             ValueError: two terms give a loss or diagnostic of one name, or one that is taken.
         """
         self.loss.require_starts(data)
-        values, gradients = self.run(dict(data), self.parts)
+        figures, gradients = self.run(dict(data), self.parts)
         self.set_gradients(gradients)
-        return numbers_of(values)
+        return numbers_of(figures())
 
-    def run(self, state: State, parts: Sequence[Part]) -> tuple[Values, Gradients]:
-        """Losses and diagnostics, and the gradients, from a ``state`` that holds what all but ``parts`` have made."""
-        values, gradients = {}, {}
+    def run(self, state: State, parts: Sequence[Part]) -> tuple[Figures, Gradients]:
+        """What gives losses and diagnostics, and the gradients, from a ``state`` that holds what all but ``parts`` have made.
+
+        A `Recording` may be on, which does all of it again.
+        """
+        gradients: Gradients = {}
         for part in parts:
-            self.forward(part, state)
-        for term in self.terms:
-            merge_losses(values, term.losses(state, gradients))
+            carried = part.carries
+            part.forward(state)
+            if part.carries != carried:  # by parameters of others
+                self.follow_gradients()
+        of_terms = [term.losses(state, gradients) for term in self.terms]
         for part in reversed(parts):
             if not gradients.keys().isdisjoint(part.out_keys):
                 part.backward(gradients)
-        return values, gradients
+
+        def figures(numbers: Sequence[float] | None = None) -> Values:
+            values: Values = {}
+            for term in of_terms:
+                merge_losses(values, term(numbers))
+            return values
+
+        return figures, gradients
 
     def set_gradients(self, gradients: Gradients) -> None:
         """``parameter.grad`` of all parameters, None for those that have none."""
@@ -170,46 +176,47 @@ class TermPart(Part):
         losses = [value for name, value in self._values.items() if name.startswith("loss_")]
         state[self.out_keys[0]] = sum(losses[1:], start=losses[0]) if losses else torch.zeros(())
 
-    def brings_kernels(self) -> bool:
+    def losses(self, state: State, gradients: Gradients) -> Figures:
+        """Adds the losses' gradients to ``gradients``; what gives losses and diagnostics."""
+        if self._is_ours_by_kernels():
+            entries = entries_of(state, self.in_keys)
+            self.function.require_shapes(*entries)
+            if kernels.covers(*entries):
+                return self._by_kernels(entries, gradients)
+        self._add(in_python(self._in_python, state, self.in_keys), gradients)
+        return lambda _: self._numbers
+
+    def _is_ours_by_kernels(self) -> bool:
         """Whether its gradients are its ``by_kernels``, as PPO's own terms have it; a class below one may do more there."""
         return type(self.function).__module__.startswith("rl2_torchrl.") and hasattr(self.function, "by_kernels")
 
-    def by_kernels(self, state: State) -> tuple[Callable[[list[float]], Values], Gradients] | tuple[()]:
-        """What makes `losses` of the numbers that kernels leave, and the gradients.
-
-        Nothing where kernels cannot do it.
-        """
-        entries = entries_of(state, self.in_keys)
-        self.function.require_shapes(*entries)
-        if not kernels.covers(*entries):
-            return ()
+    def _by_kernels(self, entries: list[torch.Tensor], gradients: Gradients) -> Figures:
         totals, slopes, more = self.function.by_kernels(*entries)
+        for key, slope in self._by_wanted(entries, slopes).items():
+            accumulate(gradients, key, slope)
         first, end, like = totals.storage_offset(), totals.storage_offset() + len(totals), entries[0]
-        pairs = zip(self.in_keys, slopes, strict=True)
-        found = {key: slope for key, slope in pairs if slope is not None and key in self.wanted}
-        return lambda numbers: {**self.function.figures(numbers[first:end], like), **more}, found
 
-    def losses(self, state: State, gradients: Gradients) -> Values:
-        """Losses and diagnostics; the losses' gradients are added to ``gradients``."""
-        values, found = self.losses_and_gradients(state)
-        self.add(found, gradients)
-        return values
+        def figures(numbers: Sequence[float] | None) -> Values:
+            own = totals.tolist() if numbers is None else numbers[first:end]
+            return {**self.function.figures(own, like), **more}
 
-    def losses_and_gradients(self, state: State) -> tuple[Values, Gradients]:
-        """Losses and diagnostics, and the losses' gradients, which may lie in each other's memory."""
+        return figures
+
+    def _in_python(self, state: State) -> Gradients:
+        """The losses' gradients, which may lie in each other's memory."""
         if hasattr(self.function, "with_gradients"):  # PPO's own
-            self._values, found = self._by_hand(entries_of(state, self.in_keys))
+            entries = entries_of(state, self.in_keys)
+            self._values, slopes = self.function.with_gradients(*entries)
+            found = self._by_wanted(entries, slopes)
         else:
-            self.forward(state)
-            found = self.backward_by_autograd({self.out_keys[0]: torch.ones_like(state[self.out_keys[0]])})
+            self._forward_by_autograd(state)
+            found = self._backward_in_python({self.out_keys[0]: torch.ones_like(state[self.out_keys[0]])})
         values = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in self._values.items()}
         numbers = {name: v.item() for name, v in values.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
-        return {**values, **numbers}, found
+        self._numbers = {**values, **numbers}
+        return found
 
-    def _by_hand(self, entries: list[torch.Tensor]) -> tuple[Values, Gradients]:
-        values, slopes = self.function.with_gradients(*entries)
+    def _by_wanted(self, entries: Sequence[torch.Tensor], slopes: Sequence[torch.Tensor | None]) -> Gradients:
+        """Those of ``slopes`` that are wanted, in the entry's dtype, as which kernels take them."""
         of_keys = zip(self.in_keys, entries, slopes, strict=True)
-        # In the entry's dtype, as which kernels take it.
-        return values, {
-            key: slope.to(entry) for key, entry, slope in of_keys if slope is not None and key in self.wanted
-        }
+        return {key: slope.to(entry) for key, entry, slope in of_keys if slope is not None and key in self.wanted}

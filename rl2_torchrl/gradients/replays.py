@@ -18,7 +18,8 @@ from rl2_torchrl.gradients.adam import AdamSteps
 from rl2_torchrl.gradients.part import Gradients, Part, State
 from rl2_torchrl.gradients.policy import LOG_PROB
 from rl2_torchrl.gradients.program import Program, Values
-from rl2_torchrl.gradients.recorded import ChangedError, RecordedMinibatch
+from rl2_torchrl.gradients.recorded import RecordedMinibatch
+from rl2_torchrl.kernels.recording import ChangedError
 
 __all__ = ["Replays"]
 
@@ -81,7 +82,7 @@ class Replays:
 
     @torch.no_grad()
     def run(self, own: torch.Tensor) -> tuple[Values, Gradients]:
-        """As `Program.run`; the gradients lie where the next ones will."""
+        """Losses, diagnostics and gradients, which lie where the next ones will."""
         numbers = torch.get_rng_state()
         try:
             if self._recorded is None and self._is_recording:
@@ -94,7 +95,8 @@ class Replays:
             self.close()
             torch.set_rng_state(numbers)  # modules that draw draw the same again
         entries = {key: entry.index_select(0, own) for key, entry in self.chunks.items()}
-        return self.program.run(entries, self.parts)
+        figures, gradients = self.program.run(entries, self.parts)
+        return figures(), gradients
 
     def passes(self, steps: object, max_norm: float | None, order: torch.Tensor, rows: int) -> list[dict[str, float]]:
         """`RecordedMinibatch.passes` of those of ``rows`` chunks at the beginning of ``order``; none where it cannot be."""

@@ -44,11 +44,8 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """``tensor``, contiguous, or None for None; a `Recording` is told of a copy."""
-    if tensor is None or tensor.is_contiguous():
-        return tensor
-    Recording.interrupt()
-    return tensor.contiguous()
+    """``tensor``, contiguous, or None for None."""
+    return tensor if tensor is None or tensor.is_contiguous() else Recording.made(tensor.contiguous)
 
 
 def as_reals(x: Tensor, like: Tensor) -> Tensor:

@@ -200,8 +200,8 @@ def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
 def as_bytes(is_init: Tensor | None) -> Tensor | None:
     """``is_init`` as the kernels read it: contiguous bytes."""
     if is_init is not None and is_init.dtype != torch.bool:
-        Recording.interrupt()
-    return None if is_init is None else contiguous(is_init.bool())
+        return Recording.made(lambda: is_init.bool().contiguous())
+    return contiguous(is_init)
 
 
 def _strided(tensor: Tensor | None) -> tuple:

@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from itertools import groupby
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Calls", "Recording"]
+__all__ = ["Calls", "ChangedError", "Recording"]
 
 #: Arguments of a call, as the kernels' ``call`` holds them.
 _SLOTS = 19
@@ -26,30 +27,31 @@ _SLOTS = 19
 _NUMBERS = 32
 
 
+class ChangedError(Exception):
+    """What was recorded cannot be done again as it was."""
+
+
 class Recording:
     """Notes the kernels' calls that this thread makes while it is `on`, and keeps the memory that they are made on.
 
     What is noted is made again on the same memory: what runs meanwhile takes all of it from `Workspace`, and does with it what
-    kernels do, no more. Where it does more, it says so by `interrupt`.
+    kernels do, no more. What Python does between it does by `work` or `made`, or says by `interrupt` that it cannot do it again.
 
     Attributes:
-        calls: what makes each again, and its arguments, as `Calls` takes them.
+        calls: what makes each again, and its arguments, as `Calls` takes them; or what Python does, a function.
         held: memory of `Workspace` that they are made on.
-        numbers: float64, what kernels have left for Python to read.
         replaced: what Python makes anew each time, in memory of its own, and how.
-        is_whole: whether kernels did all that was done since this was set to True.
     """
 
     _threads = threading.local()
 
     def __init__(self):
-        self.calls: list[tuple[int, tuple]] = []
+        self.calls: list[tuple[int, tuple] | Callable[[], object]] = []
         self.held: list[Tensor] = []
         self.replaced: list[tuple[Tensor, Callable[[], Tensor]]] = []
-        self.numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64, device="cpu"), 0
-        self.is_whole = True
+        self._numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64, device="cpu"), 0
         self.library: ctypes.CDLL | None = None
-        self._noting: _Noting | None = None
+        self._noting: dict[ctypes.CDLL, _Noting] = {}
 
     @classmethod
     def active(cls) -> Recording | None:
@@ -57,10 +59,30 @@ class Recording:
         return getattr(cls._threads, "active", None)
 
     @classmethod
+    def work(cls, work: Callable[[], object]) -> None:
+        """Does ``work``, of PyTorch's operations; a recording does it again, on the same memory."""
+        if (recording := cls.active()) is None:
+            work()
+            return
+        with recording.off():
+            work()
+        recording.calls.append(work)
+
+    @classmethod
+    def made(cls, make: Callable[[], Tensor]) -> Tensor:
+        """What PyTorch's operations ``make``; a recording makes it again, in the same memory."""
+        if (recording := cls.active()) is None:
+            return make()
+        with recording.off():
+            out = make()
+        recording.calls.append(lambda: out.copy_(make()))
+        return out
+
+    @classmethod
     def interrupt(cls) -> None:
-        """Says that something else than a kernel is about to work on the memory."""
+        """Says that something is about to be done that cannot be done again; as a step it is a ChangedError."""
         if (recording := cls.active()) is not None:
-            recording.is_whole = False
+            recording.calls.append(_refuse)
 
     @classmethod
     def replaces(cls, made: Tensor, make: Callable[[], Tensor]) -> None:
@@ -77,13 +99,31 @@ class Recording:
         finally:
             self._threads.active = None
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Notes nothing of what is called within, while it is on."""
+        self._threads.active = None
+        try:
+            yield
+        finally:
+            self._threads.active = self
+
+    def is_whole(self, first: int = 0) -> bool:
+        """Whether kernels did all that has been noted, from the call of number ``first`` on."""
+        return not any(map(callable, self.calls[first:]))
+
+    @property
+    def numbers(self) -> Tensor:
+        """What kernels have left for Python to read, float64."""
+        return self._numbers[: self._used]
+
     def numbers_for(self, count: int) -> Tensor:
         """The next ``count`` of the ``numbers``."""
         self._used += count
         if self._used > _NUMBERS:
-            self.is_whole = False
+            self.calls.append(_refuse)
             return torch.empty(count, dtype=torch.float64, device="cpu")
-        return self.numbers[self._used - count : self._used]
+        return self._numbers[self._used - count : self._used]
 
     def close(self) -> None:
         """Lets go of all memory."""
@@ -93,21 +133,26 @@ class Recording:
 
     def stop(self) -> None:
         """Nothing more will be noted, and the memory goes with what holds this."""
-        self._noting = None
-
-    @property
-    def numbers_used(self) -> Tensor:
-        """Those of the ``numbers`` that have been asked for."""
-        return self.numbers[: self._used]
+        self._noting.clear()
 
     def noting(self, library: ctypes.CDLL) -> _Noting:
         """``library``, whose calls are noted."""
-        if self._noting is None:
-            self.library, self._noting = library, _Noting(self, library)
-        if self.library is not library:  # of another dtype
-            self.is_whole = False
-            return library
-        return self._noting
+        if library not in self._noting:  # there is one for each dtype
+            self.library = self.library or library
+            self._noting[library] = _Noting(self, library)
+        return self._noting[library]
+
+    def steps(self) -> list[Calls | Callable[[], object]]:
+        """What has been noted, to be done one after the other: kernels' calls between Python's work are one."""
+        steps: list[Calls | Callable[[], object]] = []
+        for is_work, noted in groupby(self.calls, callable):
+            together = list(noted)
+            steps += together if is_work else [Calls(self.library, together)]
+        return steps
+
+
+def _refuse() -> NoReturn:
+    raise ChangedError
 
 
 class _Noting:
@@ -119,7 +164,8 @@ class _Noting:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function, again, recording = getattr(self._library, name), _again(self._library, name), self._recording
         if again is None:
-            recording.is_whole &= name.endswith("_size")
+            if not name.endswith("_size"):
+                recording.calls.append(_refuse)
             return function
 
         def call(*arguments):
@@ -143,8 +189,8 @@ class Calls:
     """Calls that are made again in one.
 
     Args:
-        library: whose kernels they are.
-        noted: those of a `Recording`'s ``calls`` that are made.
+        library: kernels, of whichever dtype.
+        noted: those of a `Recording`'s ``calls`` that are made, none of them Python's.
     """
 
     def __init__(self, library: ctypes.CDLL, noted: list[tuple[int, tuple]]):

@@ -74,12 +74,12 @@ class RecordedStep:
         self._stages: list[Stage] = []
         self._lasts = True
         for part in self._parts:
-            packed, recording.is_whole = len(recording.calls), True
+            packed = len(recording.calls)
             with recording.on():
                 self._made.append((part, part.make(self._steps)))
-            if _is_kernels(self._made[-1]):
-                self._lasts &= recording.is_whole  # or weights have been packed by others than kernels
-            else:
+            is_kernels, is_whole = _is_kernels(self._made[-1]), recording.is_whole(packed)
+            self._lasts &= is_whole or not is_kernels  # or weights have been packed by others than kernels
+            if not (is_kernels and is_whole):
                 del recording.calls[packed:]
         self._packing = Calls(recording.library, recording.calls)
         recording.calls = []
@@ -92,10 +92,9 @@ class RecordedStep:
         for stage in self._made:
             calls, replaced = len(recording.calls), len(recording.replaced)
             if _is_kernels(stage):
-                recording.is_whole = True
                 with recording.on():
                     stage[1](state)
-                if recording.is_whole and len(recording.calls) > calls:  # none is noted of kernels for another dtype
+                if recording.is_whole(calls) and len(recording.calls) > calls:  # none is noted where PyTorch did it
                     together.append(stage)
                     continue
             else:
