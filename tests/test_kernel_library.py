@@ -61,7 +61,7 @@ def script(path, text):
 
 def load_all():
     """Loads both dtypes' kernels, past what this process has loaded already."""
-    return [kernels._library.__wrapped__(dtype) for dtype in (torch.float32, torch.float64)]
+    return [kernels.load.__wrapped__(dtype) for dtype in (torch.float32, torch.float64)]
 
 
 # ------------------------------------------------------------------ the cache

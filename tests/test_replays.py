@@ -27,8 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rl2_torchrl import GRUCategoricalActor, GRUValueHead, PPOUpdate, RL2PPOLoss, kernels
 from rl2_torchrl.gradients import Program
 from rl2_torchrl.gradients.adam import steps_by
-from rl2_torchrl.gradients.recorded import RecordedMinibatch
-from rl2_torchrl.gradients.replays import Replays
+from rl2_torchrl.gradients.replays import RecordedMinibatch, Replays
 from rl2_torchrl.kernels.recording import Calls, Recording
 from rl2_torchrl.kernels.workspace import Workspace
 

@@ -23,8 +23,7 @@ from torchrl.modules import ProbabilisticActor
 from rl2_torchrl import PPOUpdate, RL2PPOLoss
 from rl2_torchrl.gradients import Part, Program
 from rl2_torchrl.gradients.chain import ChainPart
-from rl2_torchrl.gradients.recorded import RecordedMinibatch
-from rl2_torchrl.gradients.replays import _tell_of_change
+from rl2_torchrl.gradients.replays import RecordedMinibatch, _tell_of_change
 from rl2_torchrl.kernels.recording import Calls, ChangedError, Recording
 from rl2_torchrl.kernels.workspace import Workspace
 from rl2_torchrl.modules import MLPEncoder, RunningNorm

@@ -42,10 +42,10 @@ class Part:
         reason: why its gradient is autograd's, in words; None where it brings its own, or reads data alone.
 
     Attributes:
-        wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters. Whoever runs the part sets it.
+        wanted: those of ``in_keys`` that carry a gradient, as they are made from parameters; `start` sets it.
         sources: parameters by which autograd looks for a gradient, by default ``parameters``. Whoever runs the part adds those
             that its function may reach without owning them.
-        carries: whether ``out_keys`` carry a gradient, as far as is known. Whoever runs the part sets it where that is known ahead.
+        carries: whether ``out_keys`` carry a gradient, after `forward`: also by parameters of others that its function reaches.
         dtypes: in which it reads some of ``in_keys`` by hand; its function converts them itself.
         is_by_hand: whether the last `forward` was that by hand.
     """
@@ -89,6 +89,11 @@ class Part:
     def backward_by_hand(self, gradients: Gradients) -> None:
         """`backward`, after a `forward_by_hand`."""
 
+    def start(self, carrying: set[NestedKey]) -> None:
+        """Before `forward`: is told which entries carry a gradient."""
+        self.wanted = carrying.intersection(self.in_keys)
+        self.carries = bool(self.wanted) or any(p.requires_grad for p in self.parameters)
+
     def forward(self, state: State) -> None:
         """As `run`, where autograd is off, as it is for `backward`; keeps what that needs."""
         if not (self._is_ours() and self._starts_by_hand(state)):
@@ -120,7 +125,7 @@ class Part:
                 "read it too: work on a copy."
             )
         self._outputs = [entries[key] for key in self.out_keys]
-        self.carries |= any(out.requires_grad for out in self._outputs)
+        self.carries = any(out.requires_grad for out in self._outputs)
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
 
     def _name(self) -> str:
@@ -164,28 +169,29 @@ def in_python(run: Callable[[State], Gradients], state: State, keys: Iterable[Ne
     Raises:
         ChangedError: of what is made again some is missing, more than before, or of another shape.
     """
-    if (recording := Recording.active()) is None:
+    if Recording.active() is None:
         return run(state)
-    before, paths = dict(state), [_path(key) for key in keys]
-    read = [key for key in before if any(_path(key)[: len(path)] == path for path in paths)]
+    before, made = dict(state), None
+    read = [name for key in keys for name in _within(before, key)]
 
-    def make() -> Gradients:
-        return run({**before, **{key: before[key].clone() for key in read}})
-
-    with recording.off():
-        first = make()
-    made = {key: Workspace.take(each, tuple(each.shape)) for key, each in first.items()}
-
-    def write(found: Gradients) -> None:
+    def work() -> None:
+        nonlocal made
+        found = run({**before, **{name: before[name].clone() for name in read}})
+        if made is None:
+            made = {key: Workspace.take(each, tuple(each.shape)) for key, each in found.items()}
         if {key: each.shape for key, each in found.items()} != {key: each.shape for key, each in made.items()}:
             raise ChangedError
         for key, each in found.items():
             made[key].copy_(each)
 
-    with recording.off():
-        write(first)
-    recording.calls.append(lambda: write(make()))
+    Recording.work(work)
     return made
+
+
+def _within(state: State, key: NestedKey) -> list[NestedKey]:
+    """The entry ``key`` of ``state``, or what lies within it."""
+    path = _path(key)
+    return [name for name in state if _path(name)[: len(path)] == path]
 
 
 def _path(key: NestedKey) -> tuple[str, ...]:
@@ -235,11 +241,9 @@ def entries_of(state: State, keys: Sequence[NestedKey], optional: Container[Nest
 
 def _sub_entries(state: State, key: NestedKey, dims: int) -> TensorDict | None:
     """What lies within ``key``; None where there is nothing."""
-    path = _path(key)
-    below = [name for name in state if isinstance(name, tuple) and name[: len(path)] == path]
-    if not below:
+    if not (below := _within(state, key)):
         return None
-    return TensorDict({name[len(path) :]: state[name] for name in below}, state[below[0]].shape[:dims])
+    return TensorDict({name[len(_path(key)) :]: state[name] for name in below}, state[below[0]].shape[:dims])
 
 
 def on_entries(sequence: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -44,18 +44,6 @@ class Program:
         for part in (*self.parts, *self.terms):
             # A term on weights, or a layer tied to another's, reaches what it does not own.
             part.sources = self.parameters
-        self.follow_gradients()
-
-    def follow_gradients(self) -> None:
-        """Tells each part which entries carry a gradient to it."""
-        carrying: set[NestedKey] = set()
-        for part in (*self.parts, *self.terms):
-            part.wanted = carrying.intersection(part.in_keys)
-            part.carries |= bool(part.wanted) or any(p.requires_grad for p in part.parameters)
-            if part.carries:
-                carrying.update(part.out_keys)
-            else:
-                carrying.difference_update(part.out_keys)
 
     @torch.no_grad()
     def __call__(self, data: Mapping[NestedKey, torch.Tensor]) -> dict[str, float]:
@@ -76,11 +64,16 @@ class Program:
         A `Recording` may be on, which does all of it again.
         """
         gradients: Gradients = {}
+        carrying: set[NestedKey] = set()
         for part in parts:
-            carried = part.carries
+            part.start(carrying)
             part.forward(state)
-            if part.carries != carried:  # by parameters of others
-                self.follow_gradients()
+            if part.carries:
+                carrying.update(part.out_keys)
+            else:
+                carrying.difference_update(part.out_keys)
+        for term in self.terms:
+            term.start(carrying)
         of_terms = [term.losses(state, gradients) for term in self.terms]
         for part in reversed(parts):
             if not gradients.keys().isdisjoint(part.out_keys):

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torchrl import torchrl_logger
 
 from rl2_torchrl.kernels.library import cache_folder, compiled
-from rl2_torchrl.kernels.recording import Recording
+from rl2_torchrl.kernels.recording import noting
 from rl2_torchrl.kernels.threads import threads_for
 
 __all__ = ["address", "cache_folder", "covers", "is_transformed", "load", "threads_for"]
@@ -36,15 +36,12 @@ _TYPES = {"void": None, "int": ctypes.c_int, "long": ctypes.c_long, "double": ct
 _is_announced = False
 
 
-def load(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for ``dtype``, whose calls a `Recording` notes while it is on; None where there are none."""
-    library, recording = _library(dtype), Recording.active()
-    return library if recording is None or library is None else recording.noting(library)
-
-
 @cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for ``dtype``, or None where there are none; the reason is logged once."""
+def load(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for ``dtype``, whose calls a `Recording` notes while it is on; None where there are none.
+
+    The reason is logged once.
+    """
     if dtype not in _DEFINES or os.environ.get("RL2_TORCHRL_KERNELS") == "0":
         return None
     try:
@@ -57,6 +54,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
         function.restype, function.argtypes = result, arguments
         if result is ctypes.c_int:
             function.errcheck = _checked
+        if not name.endswith("_size"):  # which works on no memory
+            setattr(library, name, noting(library, name))
     return library
 
 

@@ -11,7 +11,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import groupby
 from typing import Any, NoReturn
 
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Calls", "ChangedError", "Recording"]
+__all__ = ["Calls", "ChangedError", "Recording", "noting"]
 
 #: Arguments of a call, as the kernels' ``call`` holds them.
 _SLOTS = 19
@@ -51,7 +50,6 @@ class Recording:
         self.replaced: list[tuple[Tensor, Callable[[], Tensor]]] = []
         self._numbers, self._used = torch.zeros(_NUMBERS, dtype=torch.float64, device="cpu"), 0
         self.library: ctypes.CDLL | None = None
-        self._noting: dict[ctypes.CDLL, _Noting] = {}
 
     @classmethod
     def active(cls) -> Recording | None:
@@ -129,18 +127,6 @@ class Recording:
         """Lets go of all memory."""
         self.calls.clear()
         self.held.clear()
-        self.stop()
-
-    def stop(self) -> None:
-        """Nothing more will be noted, and the memory goes with what holds this."""
-        self._noting.clear()
-
-    def noting(self, library: ctypes.CDLL) -> _Noting:
-        """``library``, whose calls are noted."""
-        if library not in self._noting:  # there is one for each dtype
-            self.library = self.library or library
-            self._noting[library] = _Noting(self, library)
-        return self._noting[library]
 
     def steps(self) -> list[Calls | Callable[[], object]]:
         """What has been noted, to be done one after the other: kernels' calls between Python's work are one."""
@@ -155,30 +141,20 @@ def _refuse() -> NoReturn:
     raise ChangedError
 
 
-class _Noting:
-    """A library whose calls a recording notes."""
+def noting(library: ctypes.CDLL, name: str) -> Callable[..., Any]:
+    """The kernel ``name`` of ``library``, whose calls a `Recording` notes that is on."""
+    function, again = getattr(library, name), _again(library, name)
 
-    def __init__(self, recording: Recording, library: ctypes.CDLL):
-        self._recording, self._library = recording, library
+    def call(*arguments):
+        result = function(*arguments)
+        if (recording := Recording.active()) is not None:
+            recording.library = library  # of whichever dtype
+            recording.calls.append(_refuse if again is None else (again, arguments))
+        return result
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function, again, recording = getattr(self._library, name), _again(self._library, name), self._recording
-        if again is None:
-            if not name.endswith("_size"):
-                recording.calls.append(_refuse)
-            return function
-
-        def call(*arguments):
-            result = function(*arguments)
-            if Recording.active() is recording:
-                recording.calls.append((again, arguments))
-            return result
-
-        setattr(self, name, call)
-        return call
+    return call
 
 
-@cache
 def _again(library: ctypes.CDLL, name: str) -> int | None:
     """Where ``library`` has what calls the kernel ``name`` again; None where it cannot be."""
     function = getattr(library, f"again_{name}", None)

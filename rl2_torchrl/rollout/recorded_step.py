@@ -104,7 +104,6 @@ class RecordedStep:
             self._stages.append(stage)
             before, together = dict(state), []
         self._end_stage(together, before, state)
-        recording.stop()
         if not self._lasts:
             self.forget()
 
