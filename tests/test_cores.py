@@ -17,12 +17,7 @@ from torchrl.modules.utils import get_primers_from_module
 
 from rl2_torchrl import ActorCritic, AdaptiveAgent, PreviousStep, RL2PPOLoss, TaskSampler, Trial, TrialCollector
 from rl2_torchrl.envs import BernoulliBandit, uniform_means
-from rl2_torchrl.kernels.gru_sequence import (
-    backward_in_place,
-    forward_saving,
-    gru_sequence,
-    input_gradient,
-)
+from rl2_torchrl.kernels.gru_sequence import gru_sequence, sequence_backward, sequence_forward
 from rl2_torchrl.modules import (
     CategoricalActions,
     FastGRUModule,
@@ -700,7 +695,7 @@ def test_inputs_of_any_strides_give_the_right_numbers(strides):
     core.gru.load_state_dict(gru.state_dict())
     features, _ = core.step_function()(x[:, 0], hidden[:, :1])
     torch.testing.assert_close(features, expected[:, 0])
-    saved_y, _ = forward_saving(x, hidden, None, parameters)
+    saved_y, _ = sequence_forward(x, hidden, None, parameters, saves=True)
     torch.testing.assert_close(saved_y, expected)
 
 
@@ -724,9 +719,9 @@ def test_the_input_has_a_gradient(inputs):
     gru, parameters = weights(torch.float64, inputs=inputs)
     x = torch.randn(3, 7, inputs, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad(gru(x)[0].square().sum(), x)[0]
-    y, saved = forward_saving(x.detach(), None, None, parameters)
-    backward_in_place(2 * y, None, inputs, parameters[1], saved, None)
-    torch.testing.assert_close(input_gradient(saved, parameters[0]), expected)
+    y, saved = sequence_forward(x.detach(), None, None, parameters, saves=True)
+    d_x, *_ = sequence_backward(2 * y, None, parameters, saved, by_x=True)
+    torch.testing.assert_close(d_x, expected)
 
 
 MISTAKES = {
@@ -756,8 +751,8 @@ X = torch.zeros(4, 6, 3)
 
 
 def slopes(w, dy):
-    _, saved = forward_saving(X, None, None, w)
-    backward_in_place(dy, None, 3, w[1], saved, None)
+    _, saved = sequence_forward(X, None, None, w, saves=True)
+    sequence_backward(dy, None, w, saved, by_x=True)
 
 
 def part(w, key, entry):

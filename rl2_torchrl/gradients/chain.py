@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,13 +10,7 @@ from torch import nn
 
 from rl2_torchrl import kernels
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, runs
-from rl2_torchrl.kernels.functions import (
-    as_reals,
-    contiguous,
-    is_small,
-    linear_gradients,
-    linear_kernel,
-)
+from rl2_torchrl.kernels.functions import as_reals, contiguous, is_small, linear_gradients, linear_kernel
 from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
@@ -69,19 +62,14 @@ class ChainPart(Part):
 
         ``otherwise``: what takes the input where kernels do not.
         """
-        inputs, dtype, functions = self.linears[0].in_features, self.linears[0].weight.dtype, []
-        for before, layer in zip(self.before, self.linears, strict=True):
-            functions += [partial(_activated, name="tanh")] if before == "tanh" else []
-            functions.append(_layer(layer.weight, layer.bias, has_relu=before == "relu"))
-        functions += [] if self.after is None else [partial(_activated, name=self.after)]
+        inputs, dtype, layers = self.linears[0].in_features, self.linears[0].weight.dtype, list(self._layers())
 
         def step(x: torch.Tensor) -> torch.Tensor:
             if x.shape[-1] != inputs or x.dtype != dtype or not (x.is_cpu and x.numel()):
                 return otherwise(x)
-            x = contiguous(x)
-            for function in functions:
-                x = function(x)
-            return x
+            for activation, layer in layers:
+                x = layer(_activated(x, activation))
+            return _activated(x, self.after)
 
         step.is_kernels = True
         return step
@@ -97,24 +85,29 @@ class ChainPart(Part):
             self._joined = first = _activated(x, self.first)
             x = Recording.made(lambda: torch.cat((first, *(as_reals(other, first) for other in more)), -1))
         self._inputs = []
-        for before, layer in zip(self.before, self.linears, strict=True):
-            x = _activated(x, "tanh") if before == "tanh" else contiguous(x)
-            self._inputs.append((x, layer.weight, layer.bias))
-            x = _layer(layer.weight, layer.bias, has_relu=before == "relu")(x)
+        for activation, layer in self._layers():
+            self._inputs.append(_activated(x, activation))
+            x = layer(self._inputs[-1])
         self._out = state[self.out_keys[0]] = _activated(x, self.after)
         return True
 
+    def _layers(self) -> Iterator[tuple[str | None, Callable[[torch.Tensor], torch.Tensor]]]:
+        """The linear layers as functions, a ReLU before them included, each after the activation that is not."""
+        for before, layer in zip(self.before, self.linears, strict=True):
+            has_relu = before == "relu"
+            yield None if has_relu else before, _layer(layer, has_relu=has_relu)
+
     def backward_by_hand(self, gradients: Gradients) -> None:
         slope = _before_activation(gradients.pop(self.out_keys[0]), self._out, self.after)
-        inputs, self._inputs, self._out = self._inputs, [], None  # for others to take
+        layers = enumerate(zip(self._inputs, self.before, self.linears, strict=True))
+        self._inputs, self._out = [], None  # for others to take
         wanted = self.wanted - {self.in_keys[0]} if self.detach else self.wanted
-        for number, before in reversed(list(enumerate(self.before))):
-            x, weight, bias = inputs[number]
+        for number, (x, before, layer) in reversed(list(layers)):
             d_x = Workspace.take(x, x.shape) if number or wanted else None
-            d_weight, d_bias = _linear_gradients(x, weight, slope, d_x, before == "relu")
-            accumulate(gradients, weight, d_weight)
-            if bias is not None:
-                accumulate(gradients, bias, d_bias)
+            d_weight, d_bias = _linear_gradients(x, layer.weight, slope, d_x, before == "relu")
+            accumulate(gradients, layer.weight, d_weight)
+            if layer.bias is not None:
+                accumulate(gradients, layer.bias, d_bias)
             slope = _before_activation(d_x, x, "tanh") if before == "tanh" and d_x is not None else d_x
         if not wanted:
             return
@@ -127,10 +120,9 @@ class ChainPart(Part):
                 accumulate(gradients, key, _before_activation(contiguous(part), self._joined, first))
 
 
-def _layer(
-    weight: torch.Tensor, bias: torch.Tensor | None, *, has_relu: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A linear layer behind a ReLU or not, without gradient."""
+def _layer(layer: nn.Linear, *, has_relu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``layer`` behind a ReLU or not, without gradient."""
+    weight, bias = layer.weight, layer.bias
     if is_small(weight):
         return linear_kernel(weight, bias, relu=has_relu)
 
@@ -157,9 +149,10 @@ def _name_of(layer: nn.Module) -> str | None:
 
 
 def _activated(x: torch.Tensor, name: str | None) -> torch.Tensor:
+    x = contiguous(x)
     if name is None:
         return x
-    x, y = contiguous(x), Workspace.make(x, x.shape)
+    y = Workspace.make(x, x.shape)
     forward = getattr(kernels.load(x.dtype), f"{name}_forward")
     forward(x.numel(), x.data_ptr(), y.data_ptr(), kernels.threads_for(_COST[name] * x.numel()))
     return y

@@ -9,13 +9,7 @@ from tensordict import NestedKey
 from torch import nn
 
 from rl2_torchrl.gradients.part import Gradients, Part, State, accumulate, entries_of, on_entries
-from rl2_torchrl.kernels.gru_sequence import (
-    as_bytes,
-    backward_in_place,
-    forward_saving,
-    input_gradient,
-    weight_gradients,
-)
+from rl2_torchrl.kernels.gru_sequence import as_bytes, sequence_backward, sequence_forward
 
 __all__ = ["GRUPart"]
 
@@ -45,7 +39,7 @@ class GRUPart(Part):
         self._is_init, self._saved = as_bytes(is_init), []
         for number, weights in enumerate(self.layers):
             first = None if hidden is None else hidden[:, :, number]
-            x, saved = forward_saving(x, first, self._is_init, weights)
+            x, saved = sequence_forward(x, first, self._is_init, weights, saves=True)
             self._saved.append(saved)
         state[self.out_keys[0]] = x
         return True
@@ -63,10 +57,9 @@ class GRUPart(Part):
         slope, layers = gradients.pop(self.out_keys[0]), enumerate(zip(self.layers, self._saved, strict=True))
         self._saved = []  # for others to take
         for number, (weights, saved) in reversed(list(layers)):
-            backward_in_place(slope, self._is_init, weights[0].shape[1], weights[1], saved, None)
-            for weight, gradient in zip(weights, weight_gradients(saved, *weights[0].shape), strict=False):
+            by_x = number > 0 or self.in_keys[0] in self.wanted
+            slope, *found = sequence_backward(slope, self._is_init, weights, saved, by_x=by_x)
+            for weight, gradient in zip(weights, found, strict=True):
                 accumulate(gradients, weight, gradient)
-            is_read = number or self.in_keys[0] in self.wanted
-            slope = input_gradient(saved, weights[0]) if is_read else None
         if slope is not None:
             accumulate(gradients, self.in_keys[0], slope)

@@ -112,8 +112,6 @@ class Replays:
 
     def close(self) -> None:
         """Hands the memory back; what minibatches there are yet, Python makes."""
-        if self._recorded is not None:
-            self._recorded.close()
         self._recorded, self._is_recording = None, False
 
 
@@ -158,7 +156,7 @@ class RecordedMinibatch:
     def __init__(self, program: Program, parts: Sequence[Part], chunks: State, own: torch.Tensor):
         self._program, self._parts, self.rows = program, parts, len(own)
         self._recording, self._at = Recording(), ctypes.c_int64(own.data_ptr())
-        self._norm, self._pass = self._recording.numbers_for(1), None
+        self._pass: Calls | None = None
         #: The parameters, and their memory, which is theirs as long as it is read here.
         self._weights = [(parameter, parameter.detach()) for parameter in program.loss.parameters()]
         steps = len(own) * next(iter(chunks.values())).shape[1]
@@ -169,17 +167,13 @@ class RecordedMinibatch:
 
     def _run_first(self, chunks: State) -> None:
         library, state = kernels.load(self._program.parameters[0].dtype), {}
+        self._norm = Recording.numbers_for(1)
         for key, chunk in chunks.items():
             entry = state[key] = Workspace.take(chunk, (self.rows, *chunk.shape[1:]))
             row = chunk.numel() // len(chunk) * chunk.element_size()
             library.gather_rows(ctypes.addressof(self._at), self.rows, row, chunk.data_ptr(), entry.data_ptr())
         self._figures, gradients = self._program.run(state, self._parts)
         self.gradients = {p: gradient for p, gradient in gradients.items() if isinstance(p, nn.Parameter)}
-
-    def close(self) -> None:
-        """Hands the memory back, without waiting for whoever collects what refers to itself."""
-        self._recording.close()
-        vars(self).clear()
 
     def __call__(self, own: torch.Tensor) -> tuple[Values, Gradients]:
         """Losses and diagnostics of the chunks ``own``, and the gradients.

@@ -15,8 +15,7 @@ from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = [
-    *("as_bytes", "backward_in_place", "forward_saving", "gru_sequence", "input_gradient", "pack_weights"),
-    *("require_weights", "weight_gradients"),
+    *("as_bytes", "gru_sequence", "pack_weights", "require_weights", "sequence_backward", "sequence_forward"),
 ]
 
 
@@ -42,7 +41,7 @@ def gru_sequence(x: Tensor, hidden: Tensor | None, is_init: Tensor | None, *weig
         return _loop(x, hidden, is_init, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, hidden, *weights)):
         return _GRUSequence.apply(x, hidden, is_init, *weights)
-    return _forward(x, hidden, as_bytes(is_init), weights)
+    return sequence_forward(x, hidden, as_bytes(is_init), weights, saves=False)[0]
 
 
 def require_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> None:
@@ -103,16 +102,54 @@ def pack_weights(w_ih, w_hh, b_ih=None, b_hh=None) -> Tensor:
     return packed
 
 
-def _forward(x, hidden, is_init, weights, saved: Tensor | None = None) -> Tensor:
-    library, packed = kernels.load(x.dtype), pack_weights(*weights)
+def sequence_forward(x, hidden, is_init, weights, *, saves: bool) -> tuple[Tensor, Tensor | None]:
+    """`gru_sequence` by the kernels; and, if it ``saves``, what `sequence_backward` needs ``[N, T, ...]``.
+
+    It makes no graph; ``is_init`` is what `as_bytes` makes.
+    """
+    library, packed, saved = kernels.load(x.dtype), pack_weights(*weights), None
     (rows, steps, inputs), units = x.shape, weights[1].shape[1]
     x, hidden = unit_stride(x), None if hidden is None else unit_stride(hidden)
+    if saves:
+        saved = Workspace.take(x, (rows, steps, library.saved_size(inputs, units)))
     y = Workspace.take(x, (rows, steps, units))
     library.gru_forward(
         *(rows, steps, inputs, units, *_strided(x), *_strided(hidden), kernels.address(is_init), packed.data_ptr()),
         *(y.data_ptr(), kernels.address(saved), kernels.threads_for(rows * steps * units * (units + inputs))),
     )
-    return y
+    return y, saved
+
+
+def sequence_backward(dy, is_init, weights, saved: Tensor, *, by_x: bool, d_hidden=None) -> tuple[Tensor | None, ...]:
+    """Back-propagation through time of ``dy``, the gradient by ``h``: those by ``x`` (None unless ``by_x``) and ``weights``.
+
+    ``saved``, of `sequence_forward`, becomes ``(dr, dz, dhn, dn, h, x, 1, 0, ...)`` ``[N, T, ...]``, the first four by the gates'
+    pre-activations; ``d_hidden``, contiguous zeros ``[N, T, H]`` or None, the gradient by the memory.
+    """
+    w_ih, w_hh, *_ = weights
+    library, (rows, steps) = kernels.load(w_hh.dtype), saved.shape[:2]
+    (gates, inputs), units = w_ih.shape, w_hh.shape[1]
+    require_tensor("dy", dy, (rows, steps, units), w_hh)  # which a part of a user's may have given
+    dy, packed = unit_stride(dy), None
+    if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
+        w_hh, packed = contiguous(w_hh.detach()), Workspace.make(dy, (library.backward_size(units),))
+        library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
+    library.gru_backward(
+        *(rows, steps, inputs, units, *_strided(dy), kernels.address(is_init), kernels.address(packed)),
+        *(saved.data_ptr(), kernels.address(d_hidden), kernels.threads_for(rows * steps * units * units)),
+    )
+    d_x, size = None, rows * steps
+    if by_x:
+        w_ih, d_x = contiguous(w_ih.detach()), Workspace.take(dy, (rows, steps, inputs))
+        addresses = (saved.data_ptr(), w_ih.data_ptr(), d_x.data_ptr())
+        library.gru_input_gradient(size, inputs, units, *addresses, kernels.threads_for(size * gates * inputs))
+    made = [Workspace.make(dy, shape) for shape in ((gates, inputs), (gates, units), (gates,), (gates,))]
+    # A thread's sums have to be added to the others': of few steps that costs more than it saves.
+    threads = min(kernels.threads_for(size * gates * (units + inputs)), max(1, size // 64))
+    sums = Workspace.make(dy, (threads, library.sums_size(inputs, units)))
+    addresses = saved.data_ptr(), *map(kernels.address, made), sums.data_ptr()
+    library.gru_weight_gradients(size, inputs, units, *addresses, threads)
+    return d_x, *(None if weight is None else gradient for gradient, weight in zip(made, weights, strict=False))
 
 
 class _GRUSequence(torch.autograd.Function):
@@ -120,81 +157,28 @@ class _GRUSequence(torch.autograd.Function):
     @out_of_autocast
     def forward(ctx, x, hidden, is_init, *weights):
         is_init = as_bytes(is_init)
-        y, ctx.saved = forward_saving(x, hidden, is_init, weights)
+        y, ctx.saved = sequence_forward(x, hidden, is_init, weights, saves=True)
         ctx.save_for_backward(x, hidden, is_init, *weights)
         return y
 
     @staticmethod
     @out_of_autocast
     def backward(ctx, dy):
-        _, _, is_init, w_ih, w_hh, b_ih, _ = ctx.saved_tensors
+        _, _, is_init, *weights = ctx.saved_tensors
         if torch.is_grad_enabled():
             return differentiable_gradients(_loop, ctx.saved_tensors, ctx.needs_input_grad, dy)
         if ctx.saved is None:
             raise RuntimeError("this graph was freed by an earlier backward(); keep it with retain_graph=True.")
         # The gradients replace what forward saved, unless the graph is to be walked again.
-        gradients = ctx.saved
+        saved = ctx.saved
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            gradients = gradients.clone()
+            saved = saved.clone()
         else:
             ctx.saved = None
-        d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
-        backward_in_place(dy, is_init, w_ih.shape[1], w_hh, gradients, d_hidden)
-        d_x = input_gradient(gradients, w_ih) if ctx.needs_input_grad[0] else None
-        d_weights = weight_gradients(gradients, *w_ih.shape)
-        return d_x, d_hidden, None, *(d_weights if b_ih is not None else (*d_weights[:2], None, None))
-
-
-def forward_saving(x, hidden, is_init, weights) -> tuple[Tensor, Tensor]:
-    """`gru_sequence` by the kernels, and what `backward_in_place` needs ``[N, T, ...]``.
-
-    It makes no graph; ``is_init`` is what `as_bytes` makes.
-    """
-    saved = Workspace.take(x, (*x.shape[:2], kernels.load(x.dtype).saved_size(x.shape[-1], weights[1].shape[1])))
-    return _forward(x, hidden, is_init, weights, saved), saved
-
-
-def backward_in_place(dy, is_init, inputs: int, w_hh, gradients, d_hidden) -> None:
-    """Back-propagation through time of ``dy``, the gradient by ``h``.
-
-    ``gradients``, what forward saved, becomes ``(dr, dz, dhn, dn, h, x, 1, 0, ...)`` ``[N, T, ...]``, the first four by the gates'
-    pre-activations; ``d_hidden``, contiguous zeros ``[N, T, H]`` or None, the gradient by the memory.
-    """
-    library = kernels.load(w_hh.dtype)
-    require_tensor("dy", dy, (*gradients.shape[:2], w_hh.shape[1]), w_hh)  # which a part of a user's may have given
-    rows, steps, units = dy.shape
-    dy, packed = unit_stride(dy), None
-    if steps > 1 or d_hidden is not None:  # else nothing goes back through the weights
-        w_hh, packed = contiguous(w_hh.detach()), Workspace.make(dy, (library.backward_size(units),))
-        library.pack_backward(units, w_hh.data_ptr(), packed.data_ptr())
-    library.gru_backward(
-        *(rows, steps, inputs, units, *_strided(dy), kernels.address(is_init), kernels.address(packed)),
-        *(gradients.data_ptr(), kernels.address(d_hidden), kernels.threads_for(rows * steps * units * units)),
-    )
-
-
-def weight_gradients(gradients: torch.Tensor, gates: int, inputs: int) -> tuple[torch.Tensor, ...]:
-    """Gradients of w_ih, w_hh, b_ih and b_hh from what `backward_in_place` gives."""
-    library, units = kernels.load(gradients.dtype), gates // 3
-    steps = gradients.shape[0] * gradients.shape[1]
-    made = [Workspace.make(gradients, shape) for shape in ((gates, inputs), (gates, units), (gates,), (gates,))]
-    # A thread's sums have to be added to the others': of few steps that costs more than it saves.
-    threads = min(kernels.threads_for(steps * gates * (units + inputs)), max(1, steps // 64))
-    sums = Workspace.make(gradients, (threads, library.sums_size(inputs, units)))
-    addresses = gradients.data_ptr(), *map(kernels.address, made), sums.data_ptr()
-    library.gru_weight_gradients(steps, inputs, units, *addresses, threads)
-    return tuple(made)
-
-
-def input_gradient(gradients: torch.Tensor, w_ih: torch.Tensor) -> torch.Tensor:
-    """The gradient by ``x`` ``[N, T, input_size]`` from what `backward_in_place` gives."""
-    (steps, (gates, inputs)), w_ih = (gradients.shape[:2], w_ih.shape), contiguous(w_ih.detach())
-    d_x, addresses = Workspace.take(gradients, (*steps, inputs)), (gradients.data_ptr(), w_ih.data_ptr())
-    kernels.load(gradients.dtype).gru_input_gradient(
-        *(steps.numel(), inputs, gates // 3, *addresses, d_x.data_ptr()),
-        kernels.threads_for(steps.numel() * gates * inputs),
-    )
-    return d_x
+        by_x, by_hidden, *_ = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(dy, memory_format=torch.contiguous_format) if by_hidden else None
+        d_x, *d_weights = sequence_backward(dy, is_init, weights, saved, by_x=by_x, d_hidden=d_hidden)
+        return d_x, d_hidden, None, *d_weights
 
 
 def as_bytes(is_init: Tensor | None) -> Tensor | None:

@@ -115,18 +115,15 @@ class Recording:
         """What kernels have left for Python to read, float64."""
         return self._numbers[: self._used]
 
-    def numbers_for(self, count: int) -> Tensor:
-        """The next ``count`` of the ``numbers``."""
-        self._used += count
-        if self._used > _NUMBERS:
-            self.calls.append(_refuse)
+    @classmethod
+    def numbers_for(cls, count: int) -> Tensor:
+        """So many numbers, float64, that a kernel writes for Python to read: of a recording, the next of its `numbers`."""
+        recording = cls.active()
+        if recording is None or recording._used + count > _NUMBERS:
+            cls.interrupt()
             return torch.empty(count, dtype=torch.float64, device="cpu")
-        return self._numbers[self._used - count : self._used]
-
-    def close(self) -> None:
-        """Lets go of all memory."""
-        self.calls.clear()
-        self.held.clear()
+        recording._used += count
+        return recording.numbers[-count:]
 
     def steps(self) -> list[Calls | Callable[[], object]]:
         """What has been noted, to be done one after the other: kernels' calls between Python's work are one."""

@@ -51,13 +51,6 @@ class Workspace:
             recording.held.append(tensor)
         return tensor
 
-    @classmethod
-    def numbers(cls, count: int) -> Tensor:
-        """So many numbers, float64, that a kernel writes for Python to read; a `Recording` has them of each minibatch."""
-        if (recording := Recording.active()) is None:
-            return torch.empty(count, dtype=torch.float64, device="cpu")
-        return recording.numbers_for(count)
-
 
 def keep_freed_memory() -> None:
     """Has the process keep up to 64 MB of freed memory, which what runs under autograd asks for again in each minibatch.

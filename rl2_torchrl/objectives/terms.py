@@ -34,6 +34,7 @@ from rl2_torchrl import kernels
 from rl2_torchrl.gradients.policy import ENTROPY, LOG_PROB
 from rl2_torchrl.gradients.program import Values
 from rl2_torchrl.kernels.functions import contiguous
+from rl2_torchrl.kernels.recording import Recording
 from rl2_torchrl.kernels.workspace import Workspace
 
 __all__ = ["ClippedObjective", "EntropyBonus", "KernelTerm", "SquaredError"]
@@ -142,7 +143,7 @@ class ClippedObjective(KernelTerm):
     def by_kernels(self, log_prob, old_log_prob, advantage):
         inputs = [contiguous(entry) for entry in (log_prob, old_log_prob, advantage)]
         slope, ratio = (Workspace.make(log_prob, log_prob.shape) for _ in range(2))
-        ess, totals = Workspace.make(log_prob, log_prob.shape[1:]), Workspace.numbers(5)
+        ess, totals = Workspace.make(log_prob, log_prob.shape[1:]), Recording.numbers_for(5)
         bounds = float(self.log_low), float(self.log_high), -1 / log_prob.numel()
         outputs = map(kernels.address, (slope, ratio, ess, totals))
         kernels.load(log_prob.dtype).clipped_objective(
@@ -175,7 +176,7 @@ class SquaredError(KernelTerm):
 
     def by_kernels(self, value, target):
         inputs, factor = (contiguous(value), contiguous(target)), 2 * self.coefficient / value.numel()
-        slope, totals = Workspace.make(value, value.shape), Workspace.numbers(1)
+        slope, totals = Workspace.make(value, value.shape), Recording.numbers_for(1)
         run = kernels.load(value.dtype).squared_error
         run(value.numel(), *map(kernels.address, inputs), float(factor), *map(kernels.address, (slope, totals)))
         return totals, (slope, None), {}
@@ -199,7 +200,7 @@ class EntropyBonus(KernelTerm):
 
     def by_kernels(self, entropy):
         entropy, factor = contiguous(entropy), -self.coefficient / entropy.numel()
-        slope, totals = Workspace.make(entropy, entropy.shape), Workspace.numbers(1)
+        slope, totals = Workspace.make(entropy, entropy.shape), Recording.numbers_for(1)
         run = kernels.load(entropy.dtype).entropy_sum
         run(entropy.numel(), entropy.data_ptr(), float(factor), slope.data_ptr(), totals.data_ptr())
         return totals, (slope,), {}
