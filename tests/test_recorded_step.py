@@ -384,7 +384,7 @@ def test_what_a_users_core_packs_is_not_packed_again():
     env = bandit()
     rollout = Rollout(env, RecurrentActor.from_env(env, core=lambda n: MyCore(n, 8)), STEPS)
     rollout()
-    assert rollout._act._packing.count == 0
+    assert not rollout._act._packing
 
 
 @pytest.mark.parametrize("fails_at", [1, 2], ids=["weights", "step"])
@@ -409,12 +409,13 @@ def test_an_ablation_that_leaves_an_entry_out_is_told_of():
         Rollout(env, policy, STEPS, ablation=left_out)()
 
 
-def test_batches_in_inference_mode_and_others():
-    env, policy, _ = make("GRU")
+@pytest.mark.parametrize(("name", "written"), [("GRU", "logits"), ("Gaussian", "scale")])
+def test_batches_in_inference_mode_and_others(name, written):
+    env, policy, _ = make(name)
     rollout = Rollout(env, policy, STEPS)
     rollout()
     seen = []
-    rollout.on_step = lambda state: seen.append(state["logits"].is_inference())
+    rollout.on_step = lambda state: seen.append(state[written].is_inference())
     for is_on in (True, False, True):
         with torch.inference_mode(is_on):
             rollout()

@@ -96,19 +96,17 @@ class Part:
 
     def forward(self, state: State) -> None:
         """As `run`, where autograd is off, as it is for `backward`; keeps what that needs."""
-        if not (self._is_ours() and self._starts_by_hand(state)):
+        self.is_by_hand = self._is_ours() and self.forward_by_hand(state)
+        if not self.is_by_hand:
             state.update(in_python(self._forward_in_python, state, self.in_keys))
 
     def _is_ours(self) -> bool:
         """Whether a `Recording` notes all that it does by hand; one of a user's may do more."""
         return type(self).__module__.startswith("rl2_torchrl.")
 
-    def _starts_by_hand(self, state: State) -> bool:
-        self.is_by_hand = self.forward_by_hand(state)
-        return self.is_by_hand
-
     def _forward_in_python(self, state: State) -> State:
-        if not self._starts_by_hand(state):
+        self.is_by_hand = self.forward_by_hand(state)
+        if not self.is_by_hand:
             self._forward_by_autograd(state)
         return {key: state[key] for key in self.out_keys}
 
@@ -120,16 +118,14 @@ class Part:
         with torch.enable_grad():
             self.run(entries)
         if written := [key for key, version in versions.items() if state[key]._version != version]:
+            name = type(self.function).__name__ if self.reason is None else self.reason.partition(" ")[0]
             raise RuntimeError(
-                f"{written} of a minibatch has been modified by an inplace operation of {self._name()}, and others "
-                "read it too: work on a copy."
+                f"{written} of a minibatch has been modified by an inplace operation of {name}, and others read it too: "
+                "work on a copy."
             )
         self._outputs = [entries[key] for key in self.out_keys]
         self.carries = any(out.requires_grad for out in self._outputs)
         state.update((key, out.detach()) for key, out in zip(self.out_keys, self._outputs, strict=True))
-
-    def _name(self) -> str:
-        return type(self.function).__name__ if self.reason is None else self.reason.partition(" ")[0]
 
     def backward(self, gradients: Gradients) -> None:
         """Takes the gradients by ``out_keys`` out of ``gradients``; adds those by ``wanted`` and by its parameters."""

@@ -48,7 +48,8 @@ class ActingPart:
 
     ``make`` gives, from the number of steps of a batch, the function on a `State`. It is made anew for each batch: it may hold on
     to the weights as they are, and to the noise of all steps. Where it has an ``is_kernels`` that is True, it does what kernels
-    do on memory of `Workspace`, or says by `Recording.interrupt` that it does more. ``way`` says how the module is called.
+    do on memory of `Workspace`, and what more it does by `Recording.made`, or says so by its ``interrupt``; so does ``make``.
+    ``way`` says how the module is called.
     ``later`` is what can wait until it is asked for: a distribution's log-probability.
     """
 

@@ -467,9 +467,8 @@ class Gaussian(nn.Module):
         return mean, self.log_std.exp().expand_as(mean)
 
     def step_function(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        Recording.interrupt()  # PyTorch makes the scale
         mean_of = self.mean.step_function() if brings(self.mean, "step_function") else self.mean
-        scale = self.log_std.detach().exp()
+        scale = Recording.made(self.log_std.detach().exp)
 
         def step(*features: Tensor) -> tuple[Tensor, Tensor]:
             mean = mean_of(*features)

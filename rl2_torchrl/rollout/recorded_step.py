@@ -19,8 +19,6 @@ __all__ = ["RecordedStep"]
 
 #: A part that is called as it is, and its function; or None, and what takes the place of several.
 Stage = tuple[ActingPart | None, Run]
-#: Steps from which on noting the first costs less than it saves, if it is done for each batch.
-_LEAST_STEPS = 6
 
 
 class RecordedStep:
@@ -46,7 +44,7 @@ class RecordedStep:
         """Takes the weights as they are now."""
         now, held = self._all_that_matters()
         if now == self._noted_for:
-            _require_memory(self._packing())
+            _require_memory(all(step() is not False for step in self._packing))
             self._stages = [(part, stage if part is None else part.make(self._steps)) for part, stage in self._stages]
         else:
             self._make_anew()
@@ -57,7 +55,8 @@ class RecordedStep:
         attributes = [value for module in self._modules for value in vars(module).values()]
         weights = [w for module in self._modules for w in (*module._parameters.values(), *module._buffers.values())]
         lie = [w if w is None else (w.data_ptr(), layout_of(w)) for w in weights]
-        return (interaction_type(), torch.get_num_threads(), [*map(id, attributes)], lie), [attributes, weights]
+        modes = interaction_type(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+        return (modes, [*map(id, attributes)], lie), [attributes, weights]
 
     def __call__(self, state: State) -> None:
         if not self._stages:
@@ -72,19 +71,13 @@ class RecordedStep:
         #: A batch's functions; and, once there has been a step, those that are no kernels, and what takes the others' place.
         self._made: list[Stage] = []
         self._stages: list[Stage] = []
-        self._lasts = True
         for part in self._parts:
             packed = len(recording.calls)
             with recording.on():
                 self._made.append((part, part.make(self._steps)))
-            is_kernels, is_whole = _is_kernels(self._made[-1]), recording.is_whole(packed)
-            self._lasts &= is_whole or not is_kernels  # or weights have been packed by others than kernels
-            if not (is_kernels and is_whole):
+            if not _is_kernels(self._made[-1]):
                 del recording.calls[packed:]
-        self._packing = Calls(recording.library, recording.calls)
-        recording.calls = []
-        if not self._lasts and self._steps < _LEAST_STEPS:
-            self._stages = self._made
+        self._packing, recording.calls = recording.steps(), []
 
     def _first(self, state: State) -> None:
         """The first step, whose calls are noted."""
@@ -104,8 +97,6 @@ class RecordedStep:
             self._stages.append(stage)
             before, together = dict(state), []
         self._end_stage(together, before, state)
-        if not self._lasts:
-            self.forget()
 
     def _end_stage(self, together: list[Stage], before: State, after: State) -> None:
         if together:
