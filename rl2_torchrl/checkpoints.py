@@ -293,7 +293,8 @@ class RunCheckpoints:
     def _give_anew(self, changed: Collection[str]) -> None:
         """Seeds and transforms' buffers that are others than the run's, over which its own have been put back like all states."""
         if "torch.seed" in changed:
-            torch.manual_seed(self._settings["torch.seed"])
+            seed = self._settings["torch.seed"]
+            torch.seed() if seed is None else torch.manual_seed(seed)
         for name, transform in _transforms(self._collector).items():
             if isinstance(transform, TaskSampler) and f"{name}.seed" in changed:
                 transform.seed(transform.given_seed)

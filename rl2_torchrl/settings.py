@@ -32,6 +32,8 @@ _INNER = {"training", "is_closed", "backend", "reason", "foreach", "fused", "cap
 _INNER |= {"given_options", "given_coefficients"}
 _NOT_PLAIN = object()
 _FEW = 64  # numbers of a buffer that is compared
+#: From here on a seed is taken for one of the 64 bits that PyTorch draws for a program which gives none.
+_DRAWN = 2**32
 
 
 def settings_of(collector: BaseCollector, update: Any) -> Settings:
@@ -42,11 +44,16 @@ def settings_of(collector: BaseCollector, update: Any) -> Settings:
     Of `TrialWorkers` the first one's env is asked. Of envs in other processes else nothing is known, nor of an ``update`` that
     is no `PPOUpdate`.
     """
-    settings = {"torch.seed": torch.initial_seed(), **_env_of(collector)}
+    settings = {"torch.seed": _given_seed(), **_env_of(collector)}
     settings |= {"collector.class": _name(collector)}
     if hasattr(collector, "requested_frames_per_batch"):
         settings["collector.frames_per_batch"] = collector.requested_frames_per_batch
     return settings | (_update(update) if isinstance(update, PPOUpdate) else {"update.class": _name(update)})
+
+
+def _given_seed() -> int | None:
+    """`torch.manual_seed`'s; None where nobody has called it: each process has another one then, which is no setting."""
+    return seed if (seed := torch.initial_seed()) < _DRAWN else None
 
 
 def networks_of(collector: BaseCollector, update: Any) -> dict[str, Any]:

@@ -200,6 +200,7 @@ REFUSED = {
         "env.class: .BernoulliBandit. then, .Slow. now",
     ),
     "seed of PyTorch": (other(seed=7), "torch.seed: 0 then, 7 now"),
+    "no seed of PyTorch": (other(seed=2**40), "torch.seed: 0 then, null now"),
     "seed of the tasks": (other(task_seed=7), "env.TaskSampler.seed: 1 then, 7 now"),
     "no seed of the tasks": (other(task_seed=None), "env.TaskSampler.seed: 1 then, null now"),
     "seed of the env": (other(env_seed=7), "env.seed: 2 then, 7 now"),
@@ -321,6 +322,15 @@ def test_another_seed_counts_from_then_on(changed, seeds, folder, tmp_path):
         assert torch.equal(
             other.tasks, torch.rand(ROWS, 3, generator=torch.Generator().manual_seed(derived_seed(5, "task")))
         )
+
+
+def test_a_program_that_seeds_nothing_goes_on_in_a_process_that_has_another_seed(tmp_path):
+    whole, cut = Run(4, seed=2**40 + 1), Run(4, seed=2**40 + 1)  # of 64 bits, as PyTorch draws them
+    whole.train()
+    cut.train(checkpoints=tmp_path, stop=lambda row: row["env_steps"] > 2 * BATCH)
+    resumed = Run(4, seed=2**50)
+    resumed.train(checkpoints=tmp_path, resume=True)
+    torch.testing.assert_close(resumed.everything(), whole.everything(), rtol=0, atol=0)
 
 
 def test_a_learning_rate_that_a_user_has_moved_is_kept(tmp_path):
