@@ -21,7 +21,8 @@ from rl2_torchrl.envs.layers import moving_statistics
 from rl2_torchrl.episode_tables import EpisodeTable, Measure, Trials
 from rl2_torchrl.locks import exploring
 from rl2_torchrl.modules.acting import State
-from rl2_torchrl.rollout import Rollout, native_parts
+from rl2_torchrl.rollout import Rollout, trial_and_base
+from rl2_torchrl.rollout.doors import is_tensor_env
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.trial import EPISODE_INDEX, INFO, TRIAL_STEP, Trial, base_of, rows_of, transforms_of
 
@@ -246,12 +247,15 @@ def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int
 
     Else a batch may go beyond the last trial's end: one step, where that would be shown to somebody, or may cost much.
     """
-    native = native_parts(env)
-    if native is not None and native[1].fixed_length:
-        trial, base = native
-        by_episodes = None if trial.episodes is None else trial.episodes * base.max_episode_steps
-        return min(bound for bound in (by_episodes, trial.steps) if bound is not None)
-    return 1 if on_step is not None or native is None else _FEW_STEPS
+    if (found := trial_and_base(env)) is None:
+        return 1
+    trial, base = found
+    if trial.episodes is None:  # whatever its episodes are
+        return trial.steps
+    is_native = is_tensor_env(base)
+    if is_native and base.fixed_length:
+        return min(trial.episodes * base.max_episode_steps, trial.steps or math.inf)
+    return _FEW_STEPS if is_native and on_step is None else 1
 
 
 def _require_still_statistics(env: EnvBase) -> None:

@@ -131,6 +131,15 @@ def test_trials_of_unknown_length_are_played_a_few_steps_at_once(monkeypatch):
     assert batches == [1] * len(seen) == [1] * 18  # nobody is shown a step beyond the last trial's end
 
 
+@pytest.mark.parametrize("kind", [Countdown, TensorCountdown])
+def test_trials_of_so_many_steps_are_played_at_once_whatever_the_env(kind, monkeypatch):
+    batches, play, seen = [], Rollout.__call__, []
+    monkeypatch.setattr(Rollout, "__call__", lambda self: batches.append(self.steps) or play(self))
+    adaptation_curve(countdown_env([2, 5], 2, kind, steps=7), act(first_arm), 4, on_step=seen.append)
+    assert batches == [7, 7]
+    assert len(seen) == 14
+
+
 def test_trials_that_do_not_count_need_not_end():
     env = countdown_env([3, 9], 2, TensorCountdown, episodes=1)
     assert adaptation_curve(env, act(first_arm), 1, max_trial_steps=4).returns.tolist() == [[6.0]]

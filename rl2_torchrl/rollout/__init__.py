@@ -1,6 +1,6 @@
 """The one loop over steps (`Rollout`), and the doors to what it plays."""
 
 from rl2_torchrl.rollout.rollout import Rollout
-from rl2_torchrl.rollout.transforms import native_parts
+from rl2_torchrl.rollout.transforms import trial_and_base
 
-__all__ = ["Rollout", "native_parts"]
+__all__ = ["Rollout", "trial_and_base"]

@@ -116,6 +116,7 @@ class Rollout:
         self._replays: dict[object, GraphReplay] = {}
         self._held: list[tuple] = []
         self._has_told = False
+        self._sound_shapes: dict[NestedKey, torch.Size] | None = None
         self._kept: TensorDict | None = None
 
     def adopt(self, reset: TensorDictBase) -> None:
@@ -286,6 +287,9 @@ class Rollout:
         return ablated
 
     def _require_actions(self, state: State) -> None:
+        shapes = {key: state[key].shape for key in self._written if key in state}
+        if shapes == self._sound_shapes:  # a batch may be one step, and specs take longer than a step does
+            return
         action = state[self.trials.action_key]
         spec = self.env.full_action_spec[self.env.action_key]
         one, base = spec.shape[self.env.batch_dims :], base_of(self.env)
@@ -297,8 +301,11 @@ class Rollout:
                 f"the policy gives actions of shape {list(action.shape)}, and the env takes {list(due)}: it was made for another "
                 "env, or leaves a dimension too many or too few. Make it by from_env(env, ...), or give them that shape."
             )
-        if not isinstance(spec, Categorical):
-            return
+        if isinstance(spec, Categorical):
+            self._require_choices(state)
+        self._sound_shapes = shapes
+
+    def _require_choices(self, state: State) -> None:
         of_row = self.env.full_action_spec_unbatched[self.env.action_key]
         for part in self._acting:
             is_drawn = self.trials.action_key in part.out_keys and part.way == "distribution"

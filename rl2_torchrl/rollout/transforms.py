@@ -7,16 +7,14 @@ from functools import partial
 
 from torchrl.envs import EnvBase, InitTracker, TensorDictPrimer, Transform
 
-from rl2_torchrl.envs.tensor_env import TensorEnv
 from rl2_torchrl.gradients.part import others_than
-from rl2_torchrl.rollout.doors import is_tensor_env
 from rl2_torchrl.rollout.tensor_trials import TensorTrials
 from rl2_torchrl.rollout.trials import Keys, Trials, leaves
 from rl2_torchrl.tasks import TaskSampler
 from rl2_torchrl.transition import PreviousStep
 from rl2_torchrl.trial import Trial, own_transforms
 
-__all__ = ["native_parts", "trials_of"]
+__all__ = ["trial_and_base", "trials_of"]
 
 
 def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None, memory: Keys) -> Trials:
@@ -30,10 +28,10 @@ def trials_of(env: EnvBase, steps: int, read: Keys, keep: Keys | None, memory: K
     return TensorTrials(below, ours, steps, read, keep)
 
 
-def native_parts(env: EnvBase) -> tuple[Trial, TensorEnv] | None:
-    """The `Trial` and the `TensorEnv` of ``env``, if it is one that is played as such, under our transforms alone; else None."""
+def trial_and_base(env: EnvBase) -> tuple[Trial, EnvBase] | None:
+    """The `Trial` of ``env`` and the env that it stands around, if under our transforms alone; else None."""
     below, (trial, *_), others = _taken_apart(env, partial(_is_known, read=(), keep=(), made=()))
-    return (trial, below.base_env) if trial is not None and not others and is_tensor_env(below.base_env) else None
+    return None if trial is None or others else (trial, below.base_env)
 
 
 #: What a collector adds by itself; a rollout makes trial starts and memory without them.
