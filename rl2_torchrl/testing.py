@@ -258,7 +258,7 @@ class _Played:
 
     def float32(self):
         specs = {**dict(self.env.observation_spec.items(True, True)), "reward": self.env.reward_spec}
-        wide = [key for key, spec in specs.items() if spec.dtype == torch.float64]
+        wide = [key for key, spec in specs.items() if spec.dtype == torch.float64 != torch.get_default_dtype()]
         return f"{wide} are float64" if wide else None
 
     def done_at_trial_end(self):

@@ -115,7 +115,8 @@ class PreviousStep(Transform):
         """The transition input ``[*B, size]`` after a step with ``action``, ``reward`` and the episode's ``done`` ``[*B, 1]``."""
         layout, batch_size = self.layout(), reward.shape[:-1]
         parts = layout.encode(observations, batch_size)
-        parts += [layout.action.encode(action, batch_size), reward.to(torch.float32), done.to(torch.float32)]
+        parts.append(layout.action.encode(action, batch_size))
+        parts += [reward.to(parts[-1]), done.to(parts[-1])]
         return torch.cat(parts, -1)
 
     def begin(self, observations: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -214,7 +215,7 @@ class PreviousStep(Transform):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How one entry becomes a float32 vector: one-hot where it is made of choices, flattened otherwise."""
+    """How one entry becomes a vector of reals: one-hot where it is made of choices, flattened otherwise."""
 
     size: int
     #: Where the one-hot vector of each choice begins, or None.

@@ -181,7 +181,7 @@ class Trial(Transform):
     def counters(self, episode_index: torch.Tensor, trial_step: torch.Tensor) -> dict[str, torch.Tensor]:
         """The counters' entries, of the shape of ``episode_index`` and ``trial_step``."""
         bounds = ((episode_index, self.episodes), (trial_step, self.steps))
-        time_left = reduce(torch.minimum, (1 - count / bound for count, bound in bounds if bound))
+        time_left = reduce(torch.minimum, (1 - count.float() / bound for count, bound in bounds if bound))
         return {EPISODE_INDEX: episode_index, TRIAL_STEP: trial_step, TIME_LEFT: time_left}
 
     def _require_counters(self, tensordict: TensorDictBase) -> None:

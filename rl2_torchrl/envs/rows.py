@@ -56,7 +56,7 @@ def merge(rows: Tensor, new: EnvState, old: EnvState) -> EnvState:
         [[1.0], [0.0]]
     """
     if isinstance(new, Tensor):
-        return torch.where(rows.reshape(*rows.shape, *[1] * (new.ndim - rows.ndim)), new, old)
+        return torch.where(rows.reshape((*rows.shape, *[1] * (new.ndim - rows.ndim))), new, old)
     if new is None:
         return None
     if isinstance(new, TensorDictBase):

@@ -62,7 +62,8 @@ class RL2PPOLoss(ClipPPOLoss):
         terms: further loss terms, e.g. `TaskBelief`: modules with ``in_keys``, which map those entries to named losses and
             diagnostics (`rl2_torchrl.objectives.terms` says how to write one). Their parameters are the loss's.
         clip_epsilon: clipping of the ratio. Default 0.3, the original's.
-        critic_coeff: weight of the value loss. Default 0.5, also for None; 0 leaves the value loss out.
+        critic_coeff: weight of the value loss. Default 0.5, also for None; 0 leaves the value loss out
+            (freeze the critic then, or `check_training` asks why nothing reaches it).
         entropy_coeff: weight of the entropy, which needs ``entropy_bonus=True``. Default 0.01.
         **kwargs: as for `ClipPPOLoss`: ``clip_value``, ``normalize_advantage``, …; by default ``entropy_bonus=False``,
             ``loss_critic_type="l2"`` (the squared error), ``log_explained_variance=False`` (over minibatches of unlike trials
