@@ -325,9 +325,9 @@ def test_another_seed_counts_from_then_on(changed, seeds, folder, tmp_path):
 
 
 def test_a_program_that_seeds_nothing_goes_on_in_a_process_that_has_another_seed(tmp_path):
-    whole, cut = Run(4, seed=2**40 + 1), Run(4, seed=2**40 + 1)  # of 64 bits, as PyTorch draws them
+    whole = Run(4, seed=2**40 + 1)  # of 64 bits, as PyTorch draws them
     whole.train()
-    cut.train(checkpoints=tmp_path, stop=lambda row: row["env_steps"] > 2 * BATCH)
+    Run(4, seed=2**40 + 1).train(checkpoints=tmp_path, stop=lambda row: row["env_steps"] > 2 * BATCH)
     resumed = Run(4, seed=2**50)
     resumed.train(checkpoints=tmp_path, resume=True)
     torch.testing.assert_close(resumed.everything(), whole.everything(), rtol=0, atol=0)
