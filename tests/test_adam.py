@@ -4,6 +4,9 @@ import ctypes
 import math
 import subprocess
 import sys
+import warnings
+from functools import partial, wraps
+from types import MethodType
 
 import pytest
 import torch
@@ -27,7 +30,10 @@ def _after(steps_of, cls, dtype, max_norm, fused):
     """Parameters, state and norms after five steps with two groups."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
-    groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 0.02, "betas": (0.5, 0.8), "eps": 1e-3}]
+    groups = [
+        {"params": parameters[:2]},
+        {"params": parameters[2:], "lr": 0.02, "weight_decay": 0.3, "betas": (0.5, 0.8), "eps": 1e-3},
+    ]
     optimizer, norms = cls(groups, lr=0.1, fused=fused), []
     steps = steps_of(optimizer, parameters)
     for number in range(5):
@@ -40,7 +46,7 @@ def _after(steps_of, cls, dtype, max_norm, fused):
     return parameters, [optimizer.state[p] for p in parameters], norms
 
 
-@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, partial(torch.optim.Adam, weight_decay=0.1)])
 @pytest.mark.parametrize("max_norm", [None, 3.0, 1e3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
 def test_steps_of_pytorchs_adam(cls, dtype, tolerance, max_norm):
@@ -82,13 +88,16 @@ def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_no_step_is_taken(ba
     ("make", "message"),
     [
         (lambda p: torch.optim.SGD(p, lr=0.1), "more than torch.optim.Adam"),
-        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "more than torch.optim.Adam"),
         (lambda p: torch.optim.Adam(p, maximize=True), "more than torch.optim.Adam"),
         (lambda p: _hooked(torch.optim.Adam(p)), "more than torch.optim.Adam"),
-        (lambda p: _scheduled(torch.optim.Adam(p)), "more than torch.optim.Adam"),
+        (lambda p: _with_own_step(torch.optim.Adam(p)), "more than torch.optim.Adam"),
+        (lambda p: _scheduled(_with_own_step(torch.optim.Adam(p))), "more than torch.optim.Adam"),
+        (lambda p: _with_own_step(_scheduled(torch.optim.Adam(p))), "more than torch.optim.Adam"),
         (lambda p: torch.optim.Adam(p[1:]), "does not hold all"),
         (lambda p: torch.optim.Adam([*p, nn.Parameter(torch.ones(1, dtype=torch.float64))]), "no kernels"),
         (lambda p: torch.optim.Adam(p), None),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), None),
+        (lambda p: _scheduled(torch.optim.Adam(p)), None),
         (lambda p: torch.optim.AdamW(p), None),
     ],
 )
@@ -107,12 +116,38 @@ def test_all_of_pytorchs_optimizers_may_let_weights_decay(name):
     optimizer = getattr(torch.optim, name)(loss.parameters(), lr=0.1, weight_decay=0.1)
     PPOUpdate(loss, optimizer=optimizer)
     is_ours = isinstance(steps_by(optimizer, list(loss.parameters())), AdamSteps)
-    assert is_ours is (name == "AdamW")
+    assert is_ours is (name in ("Adam", "AdamW"))
 
 
 def _hooked(optimizer):
     optimizer.register_step_post_hook(lambda *_: None)
     return optimizer
+
+
+def _with_own_step(optimizer):
+    step = optimizer.step
+
+    @wraps(step)
+    def own(*args, **kwargs):
+        return step(*args, **kwargs)
+
+    optimizer.step = MethodType(own, optimizer)
+    return optimizer
+
+
+def test_a_scheduler_is_followed_and_has_nothing_to_warn_of():
+    rates, parameter = [], nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([parameter], lr=1.0)
+    scheduler, steps = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), steps_by(optimizer, [parameter])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            before, parameter.grad = parameter.item(), torch.ones(1)
+            steps.take(None)
+            rates.append(before - parameter.item())  # a constant gradient's step is lr
+            scheduler.step()
+    assert isinstance(steps, AdamSteps)
+    assert rates == pytest.approx([1.0, 0.5, 0.25], rel=1e-6)
 
 
 def _scheduled(optimizer):

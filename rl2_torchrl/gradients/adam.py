@@ -13,7 +13,7 @@ from inspect import unwrap
 import torch
 from torch import nn
 from torch.autograd.graph import increment_version
-from torch.optim import Adam
+from torch.optim import Adam, lr_scheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from rl2_torchrl import kernels
@@ -26,7 +26,7 @@ _pointer = ctypes.c_void_p
 class _Options(ctypes.Structure):
     """``adam_options`` of the kernels."""
 
-    _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "epsilon", "decay")]
+    _fields_ = [(name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "epsilon", "decay", "l2")]
 
 
 class _Row(ctypes.Structure):
@@ -71,6 +71,10 @@ class AdamSteps:
         for group, options in self._groups:
             options.lr, options.epsilon, options.decay = map(float, (group["lr"], group["eps"], group["weight_decay"]))
             options.beta1, options.beta2 = map(float, group["betas"])
+            if not group.get("decoupled_weight_decay"):
+                options.decay, options.l2 = 0.0, options.decay
+        if "step" in vars(self._optimizer):
+            self._optimizer._opt_called = True  # as a scheduler's function in the place of step notes it
         for parameter, row in self._rows:
             row.size = 0
             if parameter.grad is not None:
@@ -109,13 +113,11 @@ def why_not_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
     options = ("amsgrad", "maximize", "differentiable", "capturable")
     own_hooks = (*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks)
     hooks = (*own_hooks, *_global_optimizer_pre_hooks, *_global_optimizer_post_hooks)
-    # A learning-rate scheduler puts a function of its own in the place of step, as users may.
-    more = hooks or "step" in vars(optimizer) or any(group.get(option) for group in groups for option in options)
-    more = more or any(group.get("weight_decay") and not group.get("decoupled_weight_decay") for group in groups)
+    more = hooks or _has_own_step(optimizer) or any(group.get(option) for group in groups for option in options)
     # PyTorch wraps both: the one when a first optimizer of a class is made, the other in each class when it compiles.
     pairs = [(getattr(type(optimizer), name, None), getattr(Adam, name)) for name in ("step", "_init_group")]
     if more or any(own is None or unwrap(own) is not unwrap(adams) for own, adams in pairs):
-        return "the optimizer is more than torch.optim.Adam with lr, betas and eps, or AdamW"
+        return "the optimizer is more than torch.optim.Adam, or AdamW, with lr, betas, eps and weight_decay"
     if not held >= {p for p in parameters if p.requires_grad}:
         return "the optimizer does not hold all of the loss's parameters"
     states = [state for p in held if (state := optimizer.state.get(p))]  # asked by index, it would make some
@@ -128,3 +130,11 @@ def why_not_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
             "there are no kernels for parameters, or averages and counts of Adam's, of these dtypes, device or layout"
         )
     return None
+
+
+def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a user's function is in the place of ``optimizer.step``; a learning-rate scheduler's does no more than note a call."""
+    if (own := vars(optimizer).get("step")) is None:
+        return False
+    is_schedulers = getattr(own, "__code__", None) and own.__code__.co_filename == lr_scheduler.__file__
+    return not is_schedulers or own.__wrapped__ is not type(optimizer).step

@@ -33,10 +33,10 @@ static void adam_step(const parameter *of, int count, double scale) {
         real first = (real)(1 - options->beta1), second = (real)(1 - options->beta2), decay = (real)options->beta2;
         real rate = (real)(options->lr / (1 - pow(options->beta1, step))), epsilon = (real)options->epsilon;
         real root = (real)sqrt(1 - pow(options->beta2, step)), factor = (real)scale;
-        real kept = (real)(1 - options->lr * options->decay);
+        real kept = (real)(1 - options->lr * options->decay), l2 = (real)options->l2;
         real *restrict value = p->value, *restrict gradient = p->gradient, *restrict mean = p->mean, *restrict square = p->square;
         for (long i = 0; i < p->size; i++) {
-            real g = gradient[i] *= factor;
+            real g = (gradient[i] *= factor) + l2 * value[i];
             real m = mean[i] += first * (g - mean[i]);
             real s = square[i] = decay * square[i] + second * g * g;
             value[i] = kept * value[i] - rate * m / (ROOT(s) / root + epsilon);

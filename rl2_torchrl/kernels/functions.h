@@ -4,8 +4,8 @@
 
 #include "vector.h"
 
-/* Of a torch.optim.Adam's group; decay: AdamW's. */
-typedef struct { double lr, beta1, beta2, epsilon, decay; } adam_options;
+/* Of a torch.optim.Adam's group; the weights' decay is AdamW's (decay) or Adam's (l2). */
+typedef struct { double lr, beta1, beta2, epsilon, decay, l2; } adam_options;
 /* A parameter, its gradient, Adam's two averages and number of steps; of size 0 if there is none, or no gradient. */
 typedef struct {
     real *value, *gradient, *mean, *square;
