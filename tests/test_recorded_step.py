@@ -387,6 +387,19 @@ def test_what_a_users_core_packs_is_not_packed_again():
     assert not rollout._act._packing
 
 
+def test_what_a_module_writes_over_is_no_kernels():
+    torch.manual_seed(0)
+    encoder = TensorDictModule(MLPEncoder(8, [8]), ["trans"], ["encoded"])
+    norm = TensorDictModule(nn.LayerNorm(8), ["encoded"], ["encoded"])
+    head = TensorDictModule(Head(8, 3, init_range=1.0), ["encoded"], ["logits"])
+    step = RecordedStep([part for module in (encoder, norm, head) for part in acting_parts(module)], STEPS)
+    step.start_batch()
+    for _ in range(STEPS):
+        state = {"trans": torch.randn(ROWS, 8)}
+        step(state)
+        torch.testing.assert_close(state["logits"], head.module(norm.module(encoder.module(state["trans"]))).detach())
+
+
 @pytest.mark.parametrize("fails_at", [1, 2], ids=["weights", "step"])
 def test_no_memory_is_an_error(fails_at, monkeypatch):
     env, policy, _ = make("GRU")

@@ -83,7 +83,7 @@ class RecordedStep:
         """The first step, whose calls are noted."""
         recording, before, together = self._recording, dict(state), []
         for stage in self._made:
-            calls, replaced = len(recording.calls), len(recording.replaced)
+            calls, replaced, now = len(recording.calls), len(recording.replaced), dict(state)
             if _is_kernels(stage):
                 with recording.on():
                     stage[1](state)
@@ -93,7 +93,7 @@ class RecordedStep:
             else:
                 stage[1](state)
             del recording.calls[calls:], recording.replaced[replaced:]
-            self._end_stage(together, before, state)
+            self._end_stage(together, before, now)  # what this one has written may have the name of what they have
             self._stages.append(stage)
             before, together = dict(state), []
         self._end_stage(together, before, state)
