@@ -133,7 +133,7 @@ def why_not_adam(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
 
 
 def _has_own_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a user's function is in the place of ``optimizer.step``; a learning-rate scheduler's does no more than note a call."""
+    """Whether a user's function is in the place of ``optimizer.step``; a scheduler's does no more than note that it is called."""
     if (own := vars(optimizer).get("step")) is None:
         return False
     is_schedulers = getattr(own, "__code__", None) and own.__code__.co_filename == lr_scheduler.__file__
