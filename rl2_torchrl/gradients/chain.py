@@ -79,11 +79,12 @@ class ChainPart(Part):
         self._sizes = [entry.shape[-1] for entry in (x, *more)]
         weight = self.linears[0].weight
         fits = (sum(self._sizes), x.dtype, x.device) == (self.linears[0].in_features, weight.dtype, weight.device)
+        fits = fits and all((other.shape[:-1], other.device) == (x.shape[:-1], x.device) for other in more)
         if not fits or not x.numel():
             return False
         if more:
             self._joined = first = _activated(x, self.first)
-            x = Recording.made(lambda: torch.cat((first, *(as_reals(other, first) for other in more)), -1))
+            x = _side_by_side([first, *(_as_reals(other, first) for other in more)])
         self._inputs = []
         for activation, layer in self._layers():
             self._inputs.append(_activated(x, activation))
@@ -114,10 +115,12 @@ class ChainPart(Part):
         if len(self.in_keys) == 1:
             accumulate(gradients, self.in_keys[0], slope)
             return
-        for key, part in zip(self.in_keys, slope.split(self._sizes, -1), strict=True):
+        begin = 0
+        for key, size in zip(self.in_keys, self._sizes, strict=True):
             if key in wanted:
                 first = self.first if key == self.in_keys[0] else None
-                accumulate(gradients, key, _before_activation(contiguous(part), self._joined, first))
+                accumulate(gradients, key, _before_activation(_columns(slope, begin, size), self._joined, first))
+            begin += size
 
 
 def _layer(layer: nn.Linear, *, has_relu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -142,6 +145,33 @@ def _linear_gradients(x, weight, slope, d_x, has_relu: bool) -> tuple[torch.Tens
         _before_activation(d_x, x, "relu" if has_relu else None)
     d_weight = Recording.made(lambda: slopes.t() @ (flat.relu() if has_relu else flat))
     return d_weight, Recording.made(lambda: slopes.sum(0))
+
+
+def _as_reals(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == like.dtype else Recording.made(lambda: as_reals(x, like))
+
+
+def _side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``parts`` ``[*B, n]`` as `torch.cat` joins them, by a kernel."""
+    begin, out = 0, Workspace.take(parts[0], (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)))
+    for part in map(contiguous, parts):
+        _copy_columns(part, 0, out, begin, part.shape[-1])
+        begin += part.shape[-1]
+    return out
+
+
+def _columns(x: torch.Tensor, begin: int, size: int) -> torch.Tensor:
+    """``x[..., begin : begin + size]`` in memory of its own, by a kernel."""
+    out = Workspace.take(x, (*x.shape[:-1], size))
+    _copy_columns(contiguous(x), begin, out, 0, size)
+    return out
+
+
+def _copy_columns(x: torch.Tensor, begin: int, out: torch.Tensor, at: int, size: int) -> None:
+    """Columns of ``x`` from ``begin`` on to those of ``out`` from ``at`` on, both contiguous and of as many rows."""
+    sides = [(side.data_ptr() + first * side.element_size(), side.shape[-1]) for side, first in ((x, begin), (out, at))]
+    rows = out.numel() // out.shape[-1]
+    kernels.load(x.dtype).copy_columns(rows, size, *sides[0], *sides[1], kernels.threads_for(rows * size))
 
 
 def _name_of(layer: nn.Module) -> str | None:

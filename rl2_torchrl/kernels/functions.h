@@ -58,6 +58,7 @@ void relu_forward(long size, const real *x, real *y, int threads);
 void tanh_backward(long size, const real *y, real *slope, int threads);
 void relu_backward(long size, const real *y, real *slope, int threads);
 void add(long size, const real *what, real *to, int threads);
+void copy_columns(long rows, int columns, const real *from, int from_row, real *to, int to_row, int threads);
 void discounted_sums(int rows, int steps, const uint8_t *done, long done_row, long done_step, double discount, real *out,
                      long row, long step);
 int gather_rows(const int64_t *const *order, int rows, long bytes, const char *from, char *to);

@@ -169,3 +169,9 @@ void add(long size, const real *what, real *to, int threads) {
     #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < size; i++) to[i] += what[i];
 }
+
+/* Copies `columns` numbers of each of `rows` rows, which lie `from_row` and `to_row` numbers apart. */
+void copy_columns(long rows, int columns, const real *from, int from_row, real *to, int to_row, int threads) {
+    #pragma omp parallel for schedule(static) num_threads(threads)
+    for (long i = 0; i < rows; i++) memcpy(to + i * to_row, from + i * from_row, columns * sizeof(real));
+}

@@ -27,6 +27,7 @@ int gather_rows(const int64_t *const *order, int rows, long bytes, const char *f
     VOID(relu_forward, L(0), P(1), P(2), N(3))                                                                                  \
     VOID(tanh_backward, L(0), P(1), P(2), N(3))                                                                                 \
     VOID(relu_backward, L(0), P(1), P(2), N(3))                                                                                 \
+    VOID(copy_columns, L(0), N(1), P(2), N(3), P(4), N(5), N(6))                                                                 \
     VOID(add, L(0), P(1), P(2), N(3))                                                                                           \
     INT(categorical_forward, N(0), N(1), P(2), P(3), P(4), P(5), P(6), N(7))                                                    \
     VOID(categorical_backward, N(0), N(1), P(2), P(3), P(4), P(5), P(6), P(7), P(8), N(9))                                      \
