@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Compose, EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.modules.utils import get_primers_from_module
@@ -31,13 +31,17 @@ class Memory:
         self._rows = rows
         #: The entries that are handed on, and where they stand after a step.
         self.handed_on = [(key, next_key(key)) for key in hidden_keys(policy)]
+        made = get_primers_from_module(policy, warn=False)
+        own = [*made] if isinstance(made, Compose) else [made] if made is not None else []
+        # What it reads and writes at the root, and has a primer for, it hands on, too, as TensorDictPrimer does.
+        primed = {key for primer in own if primer.expand_specs for key in primer.primers.keys(True, True)}
         shown = set(env.full_observation_spec.keys(True, True))  # that of a collector has such a primer itself
-        self.handed_on += [(key, key) for key in _under_one_name(policy) if key not in shown]
+        self.handed_on += [(k, k) for k in policy.in_keys if k in primed and k in policy.out_keys and k not in shown]
         self._cores = cores_of(policy)
         of_cores = {key for core in self._cores for key in core.in_keys}
         missing = [key for key, _ in self.handed_on if key not in of_cores]
         self._primers = []
-        for primer, batch_size in _primers(policy, env, rows) if missing else ():
+        for primer, batch_size in _primers(own, env, rows) if missing else ():
             keys = [key for key in missing if key in primer.primers.keys(True, True)]
             self._primers.append((primer, batch_size, keys))
             missing = [key for key in missing if key not in keys]
@@ -71,21 +75,12 @@ class Memory:
         return memory
 
 
-def _under_one_name(policy: TensorDictModuleBase) -> list[NestedKey]:
-    """What ``policy`` reads and writes at the root, and has a primer for: it hands that on, as TensorDictPrimer does."""
-    made = get_primers_from_module(policy, warn=False)
-    primers = made if isinstance(made, Compose) else [made] if made is not None else []
-    primed = {key for primer in primers if primer.expand_specs for key in primer.primers.keys(True, True)}
-    return [key for key in policy.in_keys if key in primed and key in policy.out_keys]
-
-
-def _primers(policy, env: EnvBase, rows: int) -> Iterator[tuple[TensorDictPrimer, torch.Size]]:
-    """Primers, each with the batch size of its specs; an env's own come before those that the policy's modules would bring."""
+def _primers(own: list[TensorDictPrimer], env: EnvBase, rows: int) -> Iterator[tuple[TensorDictPrimer, torch.Size]]:
+    """Primers, each with the batch size of its specs: those of ``env``, then the policy's ``own``, which its modules bring."""
     while isinstance(env, TransformedEnv):
         _ = env.output_spec  # expands its primers' specs by its batch size
         yield from ((t, env.batch_size) for t in reversed(own_transforms(env)) if isinstance(t, TensorDictPrimer))
         env = env.base_env
-    made = get_primers_from_module(policy, warn=False)
-    for primer in made if isinstance(made, Compose) else [made] if made is not None else []:
+    for primer in own:
         primer.primers = primer.primers.expand(rows, *primer.primers.shape)
         yield primer, torch.Size([rows])
