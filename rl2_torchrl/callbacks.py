@@ -37,7 +37,10 @@ class Callback:
             )
 
     def after_batch(self, batch: TensorDictBase, progress: float) -> None:
-        """A batch ``[*B, T]`` is collected and no update has seen it. What is changed in it, the update sees."""
+        """A batch ``[*B, T]`` is collected and no update has seen it. What is changed in it, the update sees.
+
+        A `TrialCollector` writes the next batch over it: keep ``batch.clone()``.
+        """
 
     def after_update(self, row: dict[str, float], progress: float) -> dict[str, float] | None:
         """The networks have learnt from the batch; ``row`` holds the update's scalars, under ``train/``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from sys import getrefcount
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,8 @@ _ELSEWHERE = "the collector's envs are in other processes"
 class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
+    **A batch is written over the last one**: keep ``batch.clone()``, or pass ``return_same_td=False``.
+
     It has `Collector`'s options, hooks and batches: under the same ``torch.manual_seed`` flags, tasks and transition inputs are
     those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what networks give is
     the same to rounding. But its steps are those of `Rollout`, which makes a TensorDict only where an env or a module wants one;
@@ -49,9 +52,9 @@ class TrialCollector(Collector):
         rollout: ``"tensors"``, `Rollout`'s steps; ``"tensordicts"``, `Collector`'s own loop; ``"auto"``, the first where it can
             serve.
         **kwargs: as for `Collector`. Other defaults: ``auto_register_policy_transforms=True`` (memory is never lost),
-            ``return_same_td=True`` (a batch is written over the last one, in which what has been added to that, such as advantages,
-            still stands, to be made anew; but not with a ``replay_buffer``), and ``track_traj_ids=False`` but for ``split_trajs``
-            and ``trajs_per_batch``: ``"is_init"`` marks trials.
+            ``return_same_td=True`` (what has been added to the last batch, such as advantages, still stands in this one, to be
+            made anew; but not with a ``replay_buffer``), and ``track_traj_ids=False`` but for ``split_trajs`` and
+            ``trajs_per_batch``: ``"is_init"`` marks trials.
 
     Attributes:
         reason: why `backend` is that, where it is not the fastest; None where it is.
@@ -115,6 +118,8 @@ class TrialCollector(Collector):
             self.player.adopt(self._carrier)  # Collector has reset the env already, and begins there
             self.reason = self.player.reason
         self.turns = Turns(self.env)
+        #: Of a batch that is written over: how many refer to it, before each rollout, until that has been told of.
+        self._holders: list[int] | None = [] if self.return_same_td else None
         if self.reason is not None:
             torchrl_logger.info(f"TrialCollector, backend {self.backend!r}: {self.reason}.")
 
@@ -169,13 +174,27 @@ class TrialCollector(Collector):
                 if self.pre_collect_hook is not None:
                     self.pre_collect_hook()
                 with exploring(self.exploration_type):
-                    return self.player()
+                    batch = self.player()
+                self._tell_who_keeps(batch)
+                return batch
         if self.keep is None or batch is None:  # None: it has gone into the replay buffer, step by step
             return batch
         made = list(batch.keys(True, True))  # a lazy stack's own keys() finds no nested one
         if missing := [key for key in self.keep if not leaves([key], made)]:
             raise KeyError(f"keep holds {missing}, which is not collected; there is {sorted(map(str, made))}.")
         return batch.select(*outermost(self.keep))
+
+    def _tell_who_keeps(self, batch: TensorDictBase) -> None:
+        """Says once that somebody keeps ``batch``, the same object each time, for every one that it has been."""
+        if self._holders is None:
+            return
+        self._holders = [*self._holders[-2:], getrefcount(batch)]
+        if len(self._holders) == 3 and self._holders[0] < self._holders[1] < self._holders[2]:
+            self._holders = None
+            torchrl_logger.warning(
+                "TrialCollector: somebody keeps its batches, each of which is written over the last one, so that all that are kept "
+                "are the newest. Keep batch.clone(), or make the collector with return_same_td=False."
+            )
 
 
 def batches_of(collector: BaseCollector) -> Iterator[TensorDictBase]:

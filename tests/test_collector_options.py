@@ -194,3 +194,15 @@ def test_a_reward_that_is_missing_is_named(rollout):
     collector = TrialCollector(env, GRUCategoricalActor.from_env(env), frames_per_batch=8, rollout=rollout)
     with pytest.raises(KeyError, match="the env's step returned no 'reward'.*one a row"):
         collector.rollout()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_who_keeps_batches_that_are_written_over_is_told_so(keeps, same, caplog):
+    env, kept = bandit_env(), []
+    frames = {"frames_per_batch": ROWS * PULLS, "total_frames": 6 * ROWS * PULLS, "return_same_td": same}
+    for batch in TrialCollector(env, policy_for(env), **frames):
+        kept[len(kept) if keeps else 0 :] = [batch]
+    tells = [record.message for record in caplog.records if "somebody keeps its batches" in record.message]
+    assert len(tells) == (keeps and same)
+    assert (len({batch["task"].sum().item() for batch in kept}) > 1) == (keeps and not same)
