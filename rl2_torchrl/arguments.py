@@ -158,6 +158,16 @@ def require_time_last(batch: TensorDictBase) -> None:
         )
 
 
+def require_played(batch: TensorDictBase) -> None:
+    """ValueError where steps of ``batch`` ``[*B, T]`` are padding."""
+    mask = batch.get(("collector", "mask"), None)
+    if mask is not None and not bool(mask.all()):
+        raise ValueError(
+            f"{int((~mask).sum())} steps of the batch are padding (('collector', 'mask') says so), and would be trained on as if "
+            "they had been played: collect with split_trajs=False, the default. Rows may hold several trials."
+        )
+
+
 def require_torch(**arguments: Any) -> None:
     """TypeError where what is given is no tensor, such as a list or an array of NumPy's."""
     for name, value in arguments.items():

@@ -11,7 +11,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import nn
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 
-from rl2_torchrl.arguments import require_time_last, whole
+from rl2_torchrl.arguments import require_played, require_time_last, whole
 from rl2_torchrl.learners import Learners
 from rl2_torchrl.quiet import quiet_torchrl
 
@@ -126,12 +126,7 @@ def split_rows(batch: TensorDictBase, bptt: int | None) -> TensorDictBase:
 def require_trials(batch: TensorDictBase) -> None:
     """ValueError where a row of ``batch`` ``[*B, T]`` is padded, or is not trials of one env row, one after the other."""
     require_time_last(batch)
-    mask = batch.get(("collector", "mask"), None)
-    if mask is not None and not bool(mask.all()):
-        raise ValueError(
-            f"{int((~mask).sum())} steps of the batch are padding (('collector', 'mask') says so), and would be trained on as if "
-            "they had been played: collect with split_trajs=False, the default. Rows may hold several trials."
-        )
+    require_played(batch)
     begins, ends = batch.get("is_init", None), batch.get(("next", "done"), None)
     if begins is None or ends is None or batch.shape[-1] < 2:
         return

@@ -244,6 +244,11 @@ def test_what_torchrl_makes_of_them_is_refused(of):
         batch = torch.cat([cut, make_batch(rows=2, steps=3)], -1)
     with pytest.raises(ValueError, match="padding|trial"):
         PPOUpdate(make_loss(), TrialAdvantage(critic=None), minibatches=1)(batch)
+    if "split_trajs" in of:  # and in a plain loop
+        with pytest.raises(ValueError, match="padding"):
+            TrialAdvantage(critic=None)(batch)
+        with pytest.raises(ValueError, match="padding"):
+            make_loss()(batch.set("advantage", batch["state_value"]).set("value_target", batch["state_value"]))
 
 
 # ------------------------------------------------------------------ what is read

@@ -13,7 +13,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.value import TD1Estimator, ValueEstimatorBase
 
 from rl2_torchrl import kernels
-from rl2_torchrl.arguments import require_flags, require_numbers, require_time_last
+from rl2_torchrl.arguments import require_flags, require_numbers, require_played, require_time_last
 from rl2_torchrl.modules.actor_critic import cores_of, hidden_keys
 from rl2_torchrl.modules.cores import RecurrentCore
 from rl2_torchrl.modules.normalization import RunningNorm
@@ -90,8 +90,13 @@ class TrialAdvantage(nn.Module):
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes ``"advantage"`` and ``"value_target"`` into ``tensordict`` ``[*B, T]`` and returns it."""
+        """Writes ``"advantage"`` and ``"value_target"`` into ``tensordict`` ``[*B, T]`` and returns it.
+
+        Raises:
+            ValueError: a row is padded.
+        """
         require_time_last(tensordict)
+        require_played(tensordict)
         if self.value_key not in tensordict.keys(True):
             raise KeyError(f"no {self.value_key!r} in the data: collect with ActorCritic(actor, critic).")
         value, done = tensordict[self.value_key], tensordict["next", "done"]

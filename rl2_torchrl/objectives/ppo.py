@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torchrl.objectives import ClipPPOLoss, PPOLoss
 
-from rl2_torchrl.arguments import as_list, kind_of, require_flags, require_numbers, require_time_last
+from rl2_torchrl.arguments import as_list, kind_of, require_flags, require_numbers, require_played, require_time_last
 from rl2_torchrl.gradients import ENTROPY, Part, Program, State, parts_of
 from rl2_torchrl.gradients.answers import Answers
 from rl2_torchrl.gradients.networks import leaves_of
@@ -243,6 +243,7 @@ class RL2PPOLoss(ClipPPOLoss):
             )
         if not is_compiling():
             require_time_last(tensordict)
+            require_played(tensordict)
             require_all_valid(tensordict)
             memory = [key for network in self._networks() for key in hidden_keys(network)]
             missing = [key for key in memory if tensordict.get(key, None) is None]
