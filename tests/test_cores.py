@@ -438,10 +438,11 @@ def test_own_core_under_vmap_and_compile():
     torch.testing.assert_close(rows, expected)
 
 
+@pytest.mark.parametrize("kind", [GRUCore, LSTMCore])
 @pytest.mark.parametrize("is_sequence", [False, True])
-def test_ensembles_and_rows_under_vmap(is_sequence):
+def test_ensembles_and_rows_under_vmap(is_sequence, kind):
     torch.manual_seed(0)
-    cores = [GRUCore(5, 7, 2) for _ in range(3)]
+    cores = [kind(5, 7, 2) for _ in range(3)]
     batch = [4, 6] if is_sequence else [4]
     data = {key: torch.randn(*batch, 2, 7) for key in cores[0].in_keys[1:-1]}
     data = TensorDict({**data, "trans": torch.randn(*batch, 5), "is_init": torch.rand(*batch, 1) < 0.3}, batch)
@@ -776,3 +777,13 @@ def test_weights_of_two_dtypes_are_refused():
 
 def test_no_rows_are_no_matter():
     assert gru_sequence(torch.zeros(0, 6, 3), None, None, *weights()[1]).shape == (0, 6, 8)
+
+
+@pytest.mark.parametrize("kind", [GRUCore, LSTMCore])
+def test_no_rows_at_all(kind):
+    core = kind(5, 8)
+    data = {key: torch.zeros(0, 10, 1, 8) for key in core.in_keys[1:-1]}
+    data |= {"trans": torch.zeros(0, 10, 5), "is_init": torch.zeros(0, 10, 1, dtype=torch.bool)}
+    with set_recurrent_mode(True):
+        out = core(TensorDict(data, [0, 10]))
+    assert out[core.out_keys[0]].shape == (0, 10, 8)

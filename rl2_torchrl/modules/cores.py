@@ -280,7 +280,8 @@ class LSTMCore(RecurrentCore):
             return x.squeeze(1), *(m.transpose(0, 1) for m in memory)
         states = []
         for layer, weights in enumerate(self.lstm.all_weights):
-            states.append(torch.lstm_cell(x, (hidden[:, layer], cell[:, layer]), *weights))
+            cell_of = _cell_by_parts if kernels.is_transformed() else torch.lstm_cell
+            states.append(cell_of(x, (hidden[:, layer], cell[:, layer]), *weights))
             x = states[-1][0]
         if len(states) == 1:
             return x, *(state.unsqueeze(1) for state in states[0])
@@ -297,7 +298,7 @@ class LSTMCore(RecurrentCore):
         state = memory and tuple(m.flatten(0, 1)[::length].transpose(0, 1).contiguous() for m in memory)
         y, last = self.lstm(x.reshape(-1, length, x.shape[-1]), state)
         states = [m.transpose(0, 1).repeat_interleave(length, 0) for m in last] if with_memory else []
-        return y.reshape(*batch, -1), *(at_ends(each.unflatten(0, batch), is_init) for each in states)
+        return y.reshape(*batch, self.features_size), *(at_ends(each.unflatten(0, batch), is_init) for each in states)
 
     def _by_trials(self, x: Tensor, memory: Tensors | None, is_init: Tensor) -> Tensor | None:
         """`sequence` with each trial in a row of its own, all as long as the longest; None where that is too much."""
@@ -317,6 +318,15 @@ class LSTMCore(RecurrentCore):
 
     # torch.compile breaks the graph at an LSTM in any case; stopping here saves tracing the code around it.
     forward = torch.compiler.disable(RecurrentCore.forward)
+
+
+def _cell_by_parts(x: Tensor, memory: Tensors, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensors:
+    """As `torch.lstm_cell`, which vmap cannot take apart."""
+    hidden, cell = memory
+    gates = nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(hidden, w_hh, b_hh)
+    into, forget, new, out = gates.chunk(4, -1)
+    cell = forget.sigmoid() * cell + into.sigmoid() * new.tanh()
+    return out.sigmoid() * cell.tanh(), cell
 
 
 def _common_length(is_init: Tensor | None, steps: int) -> int | None:
