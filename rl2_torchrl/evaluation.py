@@ -145,7 +145,8 @@ def adaptation_curve(
 
     Row i of the result is the i-th trial that began: with ``TaskSampler.fixed(tasks)`` it is the trial on task i, in each call
     anew (but within the processes of a ``ParallelEnv``: put Trial and TaskSampler around it). Give the env held-out tasks: fixed
-    ones, or a sampler with a seed that training does not use.
+    ones, or a sampler with a seed that training does not use. What the env itself draws, such as starts, goes on from one call to
+    the next: ``env.set_seed(9)`` before each makes them alike.
 
     Trials are played by the `Rollout` that training plays by: the memory begins anew with every trial.
 
@@ -161,7 +162,8 @@ def adaptation_curve(
             `with_shuffled_rewards()`. What is observed stands in the transition input too: to take it away change its part there
             (``layout().split(trans)`` of `PreviousStep`).
         on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
-            tell: copies, which may be kept.
+            tell, such as a curve within a trial that is one episode: copies, which may be kept. It sees all rows: one that has
+            played its last trial that counts begins another (``"is_init"``, ``"task"``) as long as others play theirs.
         measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps:
             their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
             ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes. They tell
@@ -174,7 +176,8 @@ def adaptation_curve(
     Raises:
         ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it, or of Gymnasium's
             `NormalizeObservation` or `NormalizeReward`, would move, a measured entry is several numbers, or overwritten where an
-            episode ends, or the ablation changes nothing that the policy reads.
+            episode ends, or the ablation changes nothing that the policy reads (where that is known after all trials alone, as of
+            memory zeroed where episodes begin and none does, the log says so).
         TypeError: ``env`` is no env, ``policy`` no policy, ``measures`` no mapping, ``ablation`` or ``on_step`` no function, or an
             ablation returns something else than named tensors.
         RuntimeError: a trial does not end.
@@ -221,6 +224,11 @@ def adaptation_curve(
         rollout.require_sound_policy()  # behind the rewards, which it reads
         unended = steps["next", TRIAL_STEP][~steps["next", "done"]]
         _require_end(unended, max_trial_steps)
+    if ablation is not None and not rollout.has_ablated:
+        log.warning(
+            "the ablation changed nothing that the policy reads, in no step of any trial: the curve is that of the agent as it is. "
+            "Memory that is zeroed where episodes begin needs trials of several."
+        )
     made = partial(AdaptationCurve, finished=trials.finished)
     measured = {key[-1]: made(table.table()) for key, table in tables.items()}
     return made(returns.table(), measured, made(returns.counts()))

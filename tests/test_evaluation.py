@@ -39,6 +39,7 @@ from rl2_torchrl import (
     TaskSampler,
     Trial,
     adaptation_curve,
+    with_zeroed_memory,
 )
 from rl2_torchrl.envs import BernoulliBandit, QuadraticBandit
 from rl2_torchrl.rollout import Rollout
@@ -138,6 +139,18 @@ def test_trials_of_so_many_steps_are_played_at_once_whatever_the_env(kind, monke
     adaptation_curve(countdown_env([2, 5], 2, kind, steps=7), act(first_arm), 4, on_step=seen.append)
     assert batches == [7, 7]
     assert len(seen) == 14
+
+
+@pytest.mark.parametrize(("episodes", "tells"), [(1, 1), (2, 0)])
+def test_an_ablation_that_never_changes_anything_is_told_of(episodes, tells, caplog):
+    bandit = BernoulliBandit(2, batch_size=(4,))
+    env = TransformedEnv(bandit, Compose(Trial(episodes=episodes), TaskSampler.fixed(TASKS), PreviousStep()))
+    actor = remembering_actor()
+    for ablation in (with_zeroed_memory(actor, at="episodes"), None):
+        adaptation_curve(env, actor, 10, ablation=ablation)
+    assert sum("the ablation changed nothing" in record.message for record in caplog.records) == tells
+    adaptation_curve(env, actor, 10, ablation=lambda state: {**state, "trans": state["trans"].clone()})
+    assert sum("the ablation changed nothing" in record.message for record in caplog.records) == tells + 1
 
 
 def test_trials_that_do_not_count_need_not_end():

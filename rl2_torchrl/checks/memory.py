@@ -110,7 +110,8 @@ RULES: dict[Rule, str] = {
     "memory that it is given as it is. Inputs so large that its gates are shut can hold it where it began: normalize them.",
     replay: "PPO's first ratios are 1, or it improves another policy than the one that acted: the memory was lost, inputs or "
     "statistics have moved since, both networks have one hidden_key, dropout or BatchNorm is on (actor.eval(), critic.eval()), "
-    "the collector acts with other weights, or a module behind the distribution changes its actions, whose log-probability is "
+    "a part of yours draws noise (let it be an entry of the batch), the collector acts with other weights, or a module behind the "
+    "distribution changes its actions, whose log-probability is "
     "that of the draw (bound the distribution: TanhGaussianActions).",
     memory_used: "The agent cannot use what it learnt in an earlier episode: carry the memory on, and where observations are so "
     "large that they drown it, let networks normalize them, from_env(normalize=True).",

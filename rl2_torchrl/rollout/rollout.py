@@ -116,6 +116,8 @@ class Rollout:
         self._replays: dict[object, GraphReplay] = {}
         self._held: list[tuple] = []
         self._has_told = False
+        #: Whether the ablation has changed anything that the policy reads.
+        self.has_ablated = False
         self._sound_shapes: dict[NestedKey, torch.Size] | None = None
         self._kept: TensorDict | None = None
 
@@ -283,6 +285,11 @@ class Rollout:
                 f"the ablation changes {changed}, and nothing that the policy reads, {self._read}: it would play as without it. "
                 "What is observed stands in the transition input too, which has been written before: change it there "
                 "(PreviousStep.layout().split(trans) gives its parts)."
+            )
+        if not self.has_ablated:
+            read = [key for key in changed if key in state and any(is_within(key, each) for each in self._read)]
+            self.has_ablated = (
+                any(not torch.equal(ablated[key], state[key]) for key in read) or not given.keys() <= ablated.keys()
             )
         return ablated
 
