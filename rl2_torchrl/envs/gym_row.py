@@ -56,13 +56,14 @@ class GymRow(gymnasium.Wrapper):
                 f"step() says {stepped[4]!r} beside; an info is a dictionary, {{}} where there is nothing to say."
             )
         self.step = self._step  # one look is enough
-        return *stepped[:4], self._recorded(stepped[4])
+        return *stepped[:4], self.recorded(stepped[4])
 
     def _step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, reward, terminated, truncated, info and self._recorded(info)
+        return observation, reward, terminated, truncated, info and self.recorded(info)
 
-    def _recorded(self, info: dict[str, Any]) -> dict[str, Any]:
+    def recorded(self, info: dict[str, Any]) -> dict[str, Any]:
+        """What is recorded of ``info``."""
         self._info = info
         if not self._info_keys:
             return {}
@@ -83,7 +84,7 @@ class GymRow(gymnasium.Wrapper):
             raise ValueError(
                 f"reset() observes shape {shape}, but the observation_space's is {space.shape}: mend one of them."
             )
-        return begun[0], self._recorded(begun[1])
+        return begun[0], self.recorded(begun[1])
 
     def _hear(self, task: Any) -> None:
         self._task = task
@@ -120,6 +121,8 @@ class GymRow(gymnasium.Wrapper):
 
 def _as_float(value: Any) -> Any:
     """A number as a float: a vector env keeps those of all rows as what the first of them is. All else is left as it is."""
+    if type(value) is float:  # what follows takes as long as a light env's step
+        return value
     return float(value) if isinstance(value, Real | np.bool_) else value
 
 

@@ -47,11 +47,21 @@ class SyncRows(SyncVectorEnv):
         for n, (row, action) in enumerate(zip(self._ways, iterate(self.action_space, actions), strict=True)):
             shown[n], rewards[n], terminations[n], truncations[n], info = row.step(action)
             if info and self._asks:
-                infos = self._add_info(infos, info, n)
+                infos = self._with(infos, info, n)
         if not self._has_looked:
             self._has_looked, self._ways = True, [_way(row, asks=self._asks) for row in self.envs]
         self._autoreset_envs = terminations | truncations
         return self._together(shown), rewards.copy(), terminations.copy(), truncations.copy(), infos
+
+    def _with(self, infos: dict[str, Any], info: dict[str, Any], row: int) -> dict[str, Any]:
+        """`_add_info`, which takes longer than many an env's step, of what are mostly floats."""
+        if any(type(value) is not float for value in info.values()):
+            return self._add_info(infos, info, row)
+        for key, value in info.items():
+            if key not in infos:
+                infos[key], infos[f"_{key}"] = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=bool)
+            infos[key][row], infos[f"_{key}"][row] = value, True
+        return infos
 
     def _together(self, shown: Sequence[Any]) -> Any:
         one, of_all = self.single_observation_space, self.observation_space
@@ -76,11 +86,24 @@ class _Limited:
         return observation, reward, terminated, truncated or limit._elapsed_steps >= limit._max_episode_steps, info
 
 
-def _way(env: gymnasium.Env, *, asks: bool) -> gymnasium.Env | _Limited:
+class _Recorded:
+    """The step of a `GymRow` of which something is recorded, around the way to its env."""
+
+    def __init__(self, row: GymRow, way: Any):
+        self._row, self._way = row, way
+
+    def step(self, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self._way.step(action)
+        return observation, reward, terminated, truncated, info and self._row.recorded(info)
+
+
+def _way(env: gymnasium.Env, *, asks: bool) -> gymnasium.Env | _Limited | _Recorded:
     """What steps as ``env`` does, past what only hands a step on; nothing of a user's, around a row or within it, is passed by."""
     own, kind = vars(env), type(env)
     if kind is GymRow:  # which has put another step in the place of its own once it has looked
-        passes = not asks and "step" in own
+        passes = "step" in own
+        if passes and asks:
+            return _Recorded(env, _way(env.env, asks=asks))
     elif "step" in own:
         passes = False
     elif kind is TimeLimit and {"_elapsed_steps", "_max_episode_steps"} <= own.keys():
