@@ -39,7 +39,7 @@ class Callback:
     def after_batch(self, batch: TensorDictBase, progress: float) -> None:
         """A batch ``[*B, T]`` is collected and no update has seen it. What is changed in it, the update sees.
 
-        A `TrialCollector` writes the next batch over it: keep ``batch.clone()``.
+        A `TrialCollector` writes the next batch over it and its entries: keep clones.
         """
 
     def after_update(self, row: dict[str, float], progress: float) -> dict[str, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from sys import getrefcount
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ _ELSEWHERE = "the collector's envs are in other processes"
 class TrialCollector(Collector):
     """A `torchrl.collectors.Collector` that stores only what is asked for, and steps on plain tensors.
 
-    **A batch is written over the last one**: keep ``batch.clone()``, or pass ``return_same_td=False``.
+    **A batch, and each of its entries, is written over the last one**: keep clones, or pass ``return_same_td=False``.
 
     It has `Collector`'s options, hooks and batches: under the same ``torch.manual_seed`` flags, tasks and transition inputs are
     those of `Collector` bit for bit (but for the noise of categorical actions, which is drawn faster), and what networks give is
@@ -188,8 +189,9 @@ class TrialCollector(Collector):
         """Says once that somebody keeps ``batch``, the same object each time, for every one that it has been."""
         if self._holders is None:
             return
-        self._holders = [*self._holders[-2:], getrefcount(batch)]
-        if len(self._holders) == 3 and self._holders[0] < self._holders[1] < self._holders[2]:
+        self._holders = [*self._holders[-3:], getrefcount(batch)]
+        # The first rise may be a loop's own variable, the second another one's.
+        if len(self._holders) == 4 and all(before < after for before, after in pairwise(self._holders)):
             self._holders = None
             torchrl_logger.warning(
                 "TrialCollector: somebody keeps its batches, each of which is written over the last one, so that all that are kept "

@@ -246,24 +246,32 @@ _KEPT = (
     *(("next", key) for key in ("reward", "done", TRIAL_STEP, EPISODE_INDEX)),
 )
 
+#: Numbers that a batch's steps may show in all.
+_NUMBERS_AT_ONCE = 2**24
 #: Steps of a batch where nobody knows how many the last trial will take, and those beyond cost little.
 _FEW_STEPS = 8
 
 
 def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int:
-    """Steps of a batch: a trial's, where all are of one length, which is known ahead.
+    """Steps of a batch: a trial's, or an even share of them, where all are of one length, which is known ahead.
 
     Else a batch may go beyond the last trial's end: one step, where that would be shown to somebody, or may cost much.
     """
     if (found := trial_and_base(env)) is None:
         return 1
     trial, base = found
-    if trial.episodes is None:  # whatever its episodes are
-        return trial.steps
     is_native = is_tensor_env(base)
+    if trial.episodes is None:  # whatever its episodes are
+        return _share_of(trial.steps, env)
     if is_native and base.fixed_length:
         return min(trial.episodes * base.max_episode_steps, trial.steps or math.inf)
     return _FEW_STEPS if is_native and on_step is None else 1
+
+
+def _share_of(steps: int, env: EnvBase) -> int:
+    """The most steps of which a trial's ``steps`` are so many times, and whose inputs take no more than some memory."""
+    numbers = sum(spec.shape.numel() for spec in env.observation_spec.values(True, True))
+    return max(n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or n * numbers <= _NUMBERS_AT_ONCE))
 
 
 def _require_still_statistics(env: EnvBase) -> None:

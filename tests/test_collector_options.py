@@ -196,6 +196,16 @@ def test_a_reward_that_is_missing_is_named(rollout):
         collector.rollout()
 
 
+def test_who_keeps_one_batch_is_not_told(caplog):
+    env, one = bandit_env(), None
+    for number, batch in enumerate(
+        TrialCollector(env, policy_for(env), frames_per_batch=ROWS * PULLS, total_frames=400)
+    ):
+        one = batch if number else None
+    assert one is batch
+    assert not any("somebody keeps" in record.message for record in caplog.records)
+
+
 @pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("same", [True, False])
 def test_who_keeps_batches_that_are_written_over_is_told_so(keeps, same, caplog):

@@ -139,6 +139,10 @@ def test_trials_of_so_many_steps_are_played_at_once_whatever_the_env(kind, monke
     adaptation_curve(countdown_env([2, 5], 2, kind, steps=7), act(first_arm), 4, on_step=seen.append)
     assert batches == [7, 7]
     assert len(seen) == 14
+    monkeypatch.setattr("rl2_torchrl.evaluation._NUMBERS_AT_ONCE", 64)  # no more memory than that of a few steps
+    batches.clear()
+    adaptation_curve(countdown_env([2, 5], 2, kind, steps=12), act(first_arm), 4, on_step=seen.append)
+    assert batches == [2] * 12
 
 
 @pytest.mark.parametrize(("episodes", "tells"), [(1, 1), (2, 0)])
