@@ -31,7 +31,7 @@ def test_a_program_that_is_asked_to_end_is_saved(name, tmp_path, unbroken, caplo
 
 
 def test_a_request_to_end_does_not_wait_for_an_evaluation(tmp_path, unbroken, caplog):
-    calls = []
+    calls, asked = [], []
 
     def evaluate():
         calls.append("begun")
@@ -44,10 +44,11 @@ def test_a_request_to_end_does_not_wait_for_an_evaluation(tmp_path, unbroken, ca
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit):
-            Run(5).train(checkpoints=tmp_path, evaluate=evaluate, eval_interval=2)
+            Run(5).train(checkpoints=tmp_path, evaluate=evaluate, eval_interval=2, stop=asked.append)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert calls == ["begun"] * 2
+    assert [row["env_steps"] for row in asked] == [BATCH, 2 * BATCH]  # it sees an evaluation, which was not made
     assert "made up for when the run is resumed" in caplog.text
     assert saved_steps(tmp_path) == [3 * BATCH]
     resumed = Run(5)

@@ -85,6 +85,12 @@ def test_the_gradients_of_heads_with_further_inputs(activation, wanted):
     _run(part, state, wanted, {"state_value": torch.randn(ROWS, STEPS, 1, **F64)})
 
 
+def test_inputs_of_other_rows_are_not_put_side_by_side():
+    [part] = parts_of(MemoryValueHead(UNITS, detach=True, extra_keys=["extra"], extra_size=2, features_key="x", **F64))
+    state = {"x": torch.randn(ROWS, STEPS, UNITS, **F64), "extra": torch.randn(ROWS, 1, 2, **F64)}
+    assert not part.forward_by_hand(state)
+
+
 @pytest.mark.parametrize("wanted", [(), ("x",), ("y", "x")])
 def test_the_gradients_of_inputs_side_by_side(wanted):
     from rl2_torchrl.modules.layers import Concat
