@@ -24,6 +24,11 @@ def test_info_is_recorded_in_batches_and_hidden_from_networks():
     collector.shutdown()
 
 
+def test_an_info_key_beside_its_own_mask_is_refused():
+    with pytest.raises(ValueError, match=r"info_keys holds \['says'\] and the same behind an underscore"):
+        GymVectorEnv(Line, 2, info_keys=["_says", "says"])
+
+
 def test_info_of_an_env_that_says_nothing_at_first_is_recorded_as_what_it_is():
     class Says(Line):
         def step(self, action):

@@ -75,7 +75,7 @@ class GymVectorEnv(TensorEnv):
 
     Raises:
         ValueError: a vector env that resets in the next step, several ways for the task at once or half of one, no ``num_envs``,
-            or functions that hand out the same env twice.
+            functions that hand out the same env twice, or an ``info_keys`` beside the same behind an underscore.
         TypeError: a ``set_task`` of other arguments, a space that is no tensor of a fixed size, an env where a function that makes
             one is needed, or one whose ``reset`` or ``step`` returns something else than Gymnasium asks for, such as a
             ``final_obs`` or ``final_info`` of another form.
@@ -117,6 +117,11 @@ class GymVectorEnv(TensorEnv):
             raise TypeError(
                 f"info_keys holds {others}, and numbers are recorded by their names at the top of the info: have a wrapper say one "
                 "that lies deeper there, info['success'] = info['episode']['success'], say."
+            )
+        if masks := [key for key in info_keys if f"_{key}" in info_keys]:
+            raise ValueError(
+                f"info_keys holds {masks} and the same behind an underscore, under which Gymnasium's vector envs keep which rows "
+                "have said the first: one of two would be lost. Have a wrapper say it by another name."
             )
         tasks = None if tasks is None else as_list("tasks", tasks)
         task_spec = _task_spec(set_task, task_spec, tasks, task_option)
