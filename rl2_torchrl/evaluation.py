@@ -257,12 +257,15 @@ def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int
 
     Else a batch may go beyond the last trial's end: one step, where that would be shown to somebody, or may cost much.
     """
-    if (found := trial_and_base(env)) is None:
-        return 1
-    trial, base = found
-    is_native = is_tensor_env(base)
-    if trial.episodes is None:  # whatever its episodes are
+    found = trial_and_base(env)
+    trial = next((each for each in transforms_of(env) if isinstance(each, Trial)), None)
+    # Beside others' transforms, too, which may end a trial before.
+    if trial is not None and trial.episodes is None and (found or on_step is None):
         return _share_of(trial.steps, env)
+    if found is None:
+        return 1
+    base = found[1]
+    is_native = is_tensor_env(base)
     if is_native and base.fixed_length:
         return min(trial.episodes * base.max_episode_steps, trial.steps or math.inf)
     return _FEW_STEPS if is_native and on_step is None else 1

@@ -22,6 +22,7 @@ from evaluation_cases import (
 from torchrl.envs import (
     Compose,
     InitTracker,
+    RewardSum,
     SerialEnv,
     StepCounter,
     TransformedEnv,
@@ -143,6 +144,19 @@ def test_trials_of_so_many_steps_are_played_at_once_whatever_the_env(kind, monke
     batches.clear()
     adaptation_curve(countdown_env([2, 5], 2, kind, steps=12), act(first_arm), 4, on_step=seen.append)
     assert batches == [2] * 12
+
+
+@pytest.mark.parametrize(("other", "length"), [(RewardSum(), 7), (StepCounter(max_steps=3), 3)])
+def test_they_are_beside_transforms_of_others(other, length, monkeypatch):
+    batches, play, seen = [], Rollout.__call__, []
+    monkeypatch.setattr(Rollout, "__call__", lambda self: batches.append(self.steps) or play(self))
+    env = countdown_env([9, 9, 9, 9], 2, TensorCountdown, steps=7).append_transform(other)
+    curve = adaptation_curve(env, act(first_arm), 4)
+    assert batches == [7] * math.ceil(2 * length / 7)
+    assert curve.returns.flatten().tolist() == [sum(range(length + 1))] * 4
+    batches.clear()
+    assert same(adaptation_curve(env, act(first_arm), 4, on_step=seen.append).returns, curve.returns)
+    assert batches == [1] * len(seen) == [1] * 2 * length
 
 
 @pytest.mark.parametrize(("episodes", "tells"), [(1, 1), (2, 0)])
