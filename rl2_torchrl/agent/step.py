@@ -145,7 +145,8 @@ def actor_of(policy: TensorDictModuleBase) -> ProbabilisticTensorDictSequential:
     of_cores = first_memory(cores_of(actor), 1)
     if missing := [key for key in hidden_keys(actor) if key not in of_cores]:
         raise TypeError(
-            f"the policy hands {missing} on, and nothing says what they are when a trial starts: make its module a RecurrentCore."
+            f"the policy hands {missing} on, and nothing says what they are when a trial starts: make its module a RecurrentCore, "
+            "TorchRL's GRUModule a FastGRUModule, its LSTMModule an LSTMCore."
         )
     *networks, sample = actor.module
     if len(networks) == 1:

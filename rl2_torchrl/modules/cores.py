@@ -77,6 +77,7 @@ class RecurrentCore(TensorDictModuleBase):
 
         From ``x`` ``[N, input_size]`` and memories ``[N, *shape]``, in their order, to features ``[N, features_size]`` and the
         memories after the step. Reals come in the dtype of the parameters; whole numbers and flags as `initial_memory` has them.
+        It draws no random numbers: an update takes the steps again, and must come to what the rollout came to.
         """
         raise NotImplementedError(f"{type(self).__name__} must define step(x, *memory) -> features, *memory.")
 
