@@ -1,4 +1,4 @@
-"""`locked`: one program at a time in a folder; `exploring`: one thread at a time with an exploration type."""
+"""`locked`: one program at a time in a folder; `exploring`, `taking_turns`: one thread at a time with what is the program's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-__all__ = ["exploring", "locked"]
+__all__ = ["exploring", "locked", "taking_turns"]
 
 
-#: Held while TorchRL's exploration type is one thread's.
-_lock = threading.RLock()
+#: Held while TorchRL's exploration type is one thread's; and in each training's turn.
+_exploring, _turn = threading.RLock(), threading.RLock()
 
 
 @contextmanager
@@ -23,14 +23,21 @@ def exploring(kind: ExplorationType | None) -> Iterator[None]:
 
     It is the program's: one thread's greedy evaluation would make another's rollout greedy.
     """
-    with _lock, nullcontext() if kind is None else set_exploration_type(kind):
+    with _exploring, nullcontext() if kind is None else set_exploration_type(kind):
+        yield
+
+
+@contextmanager
+def taking_turns() -> Iterator[None]:
+    """A rollout, an update or an evaluation of one of several threads' trainings: PyTorch's random numbers are the program's."""
+    with _turn:
         yield
 
 
 def _begin_anew() -> None:
     """In a forked process, in which no other thread goes on."""
-    global _lock
-    _lock = threading.RLock()
+    global _exploring, _turn
+    _exploring, _turn = threading.RLock(), threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

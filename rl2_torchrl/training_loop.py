@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,7 +16,7 @@ from rl2_torchrl.checks import check_training
 from rl2_torchrl.collector import batches_of
 from rl2_torchrl.history import TrainResult
 from rl2_torchrl.kernels.threads import warn_of_spinning
-from rl2_torchrl.locks import exploring
+from rl2_torchrl.locks import exploring, taking_turns
 from rl2_torchrl.seeding import random_numbers_put_back
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
@@ -26,19 +24,6 @@ from rl2_torchrl.workers import TrialWorkers
 __all__ = ["Loop", "TrialReturns", "frames_of"]
 
 log = logging.getLogger(__name__)
-
-#: Trainings in several threads take turns, a rollout, an update or an evaluation each: PyTorch's random numbers are the program's.
-_turn = threading.RLock()
-
-
-def _begin_anew() -> None:
-    """In a forked process, in which no other training goes on."""
-    global _turn
-    _turn = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_begin_anew)
 
 #: Batches without the end of a trial until that is said.
 _PATIENCE = 10
@@ -72,7 +57,7 @@ class Loop:
             before_each()
             self.in_rollout = True
             try:
-                with _turn:
+                with taking_turns():
                     batch = next(batches, None)
             except Exception as error:
                 where = (
@@ -86,12 +71,9 @@ class Loop:
                 return
             yield batch
 
+    @taking_turns()
     def learn(self, batch: TensorDictBase) -> dict[str, float]:
         """One update on ``batch`` ``[*B, T]``: its row of scalars."""
-        with _turn:
-            return self._learn(batch)
-
-    def _learn(self, batch: TensorDictBase) -> dict[str, float]:
         result = self._result
         self._in_update = True
         self._progress = min(1.0, result.env_steps / self._schedule_frames)
@@ -183,7 +165,7 @@ class Loop:
         """Adds the scalars of a held-out evaluation to ``row``; random numbers are put back."""
         if not self.evaluates:
             return
-        with _turn, random_numbers_put_back():
+        with taking_turns(), random_numbers_put_back():
             _add(row, "eval/", self._evaluate(), "evaluate")
             for callback in self._callbacks:
                 more = callback.after_evaluation(row, self._progress) or {}

@@ -396,14 +396,13 @@ def test_an_error_leaves_no_mode_behind():
 FORK_BESIDE_THREADS = """
 import os, signal, threading, torch
 from torchrl.envs.utils import ExplorationType, exploration_type
-from rl2_torchrl import training_loop
-from rl2_torchrl.locks import exploring
+from rl2_torchrl.locks import exploring, taking_turns
 from tests.test_threads import evaluated, training
 torch.set_num_threads(1)
 held, ended = threading.Event(), threading.Event()
 
 def hold():
-    with training_loop._turn, exploring(ExplorationType.DETERMINISTIC):
+    with taking_turns(), exploring(ExplorationType.DETERMINISTIC):
         held.set()
         ended.wait()
 
