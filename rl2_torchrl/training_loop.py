@@ -14,7 +14,6 @@ from torchrl.collectors import BaseCollector
 
 from rl2_torchrl.checks import check_training
 from rl2_torchrl.collector import batches_of
-from rl2_torchrl.history import TrainResult
 from rl2_torchrl.kernels.threads import warn_of_spinning
 from rl2_torchrl.locks import exploring, taking_turns
 from rl2_torchrl.seeding import random_numbers_put_back
@@ -42,7 +41,8 @@ class Loop:
         self._update, self._collector, self._callbacks = update, collector, callbacks
         self._result, self._returns, self._evaluate, self._scalars = result, returns, evaluate, scalars
         self._check, self._schedule_frames, self._begin = check, schedule_frames, begin
-        self._clock = _Clock(result)
+        self._started = time.perf_counter()
+        self._steps_before, self._seconds_before = result.env_steps, result.seconds
         self._progress = 0.0
         self._first = True
         self._batches_without_end = 0
@@ -182,6 +182,13 @@ class Loop:
         self._result.history.append(row)
         self._pending = None
 
+    def _clock(self) -> dict[str, float]:
+        """Seconds of the whole run, the parts before a resume included, and this call's speed."""
+        seconds = time.perf_counter() - self._started
+        self._result.seconds = self._seconds_before + seconds
+        speed = (self._result.env_steps - self._steps_before) / seconds
+        return {"time/seconds": self._result.seconds, "time/steps_per_second": speed}
+
     def finish(self) -> bool:
         """What is still due where the collector itself has ended the loop; whether there was a batch at all."""
         history = self._result.history
@@ -264,20 +271,6 @@ def _add(row: dict[str, float], prefix: str, values: Mapping[str, Any], source: 
             "alone, by names of its own."
         )
     row |= scalars
-
-
-class _Clock:
-    """Seconds of the whole run, the parts before a resume included, and this call's speed."""
-
-    def __init__(self, result: TrainResult):
-        self._result, self._started = result, time.perf_counter()
-        self._steps_before, self._seconds_before = result.env_steps, result.seconds
-
-    def __call__(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._started
-        self._result.seconds = self._seconds_before + seconds
-        speed = (self._result.env_steps - self._steps_before) / seconds
-        return {"time/seconds": self._result.seconds, "time/steps_per_second": speed}
 
 
 class TrialReturns:
