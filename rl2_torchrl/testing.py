@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.envs import EnvBase, TransformedEnv, check_env_specs
+from torchrl.envs import EnvBase, check_env_specs
 
 from rl2_torchrl.arguments import require_env, whole
 from rl2_torchrl.env_check import RULES as RULES_BELOW
@@ -20,7 +20,7 @@ from rl2_torchrl.quiet import quiet_torchrl
 from rl2_torchrl.tasks import TaskSampler, _InOrder
 from rl2_torchrl.tensor_env_check import TensorEnvError, check_tensor_env
 from rl2_torchrl.transition import PreviousStep
-from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, own_transforms
+from rl2_torchrl.trial import EPISODE_DONE, EPISODE_INDEX, TIME_LEFT, TRIAL_STEP, Trial, base_of, transforms_of
 
 __all__ = ["TensorEnvError", "TrialContractError", "check_tensor_env", "check_trial_env"]
 
@@ -151,12 +151,9 @@ class _Played:
         self.env, self.num_trials, self.max_steps = env, num_trials, max_steps
         self.task_key, self.in_key, self.num_rows = task_key, in_key, prod(env.batch_size)
         self.task_of = task_of
-        self.base, self.below_trial, self.transforms = env, None, []
-        while isinstance(self.base, TransformedEnv):
-            here = own_transforms(self.base)
-            self.base, self.transforms = self.base.base_env, self.transforms + here
-            if any(isinstance(transform, Trial) for transform in here):
-                self.below_trial = self.base  # what Trial resets; None where workers hide it
+        self.base, self.transforms = base_of(env), transforms_of(env)
+        trial = next((each for each in self.transforms if isinstance(each, Trial)), None)
+        self.below_trial = None if trial is None else trial.container.base_env  # what it resets; None: workers hide it
 
     def look(self, rule: str) -> str | torch.Tensor | None:
         """What breaks ``rule``."""
