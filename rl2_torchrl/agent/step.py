@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -75,8 +75,8 @@ class PolicyStep(nn.Module):
         ``done`` is whether the last step ended an episode; where ``start`` is set a trial begins, and reward, done and memory are
         not looked at.
         """
-        sizes = [len(self.signature.observations), 4, len(self.signature.memory)]
-        observed, (reward, done, start, noise), memory = _split(tensors, sizes)
+        number = len(self.signature.observations)
+        observed, (reward, done, start, noise, *memory) = tensors[:number], tensors[number:]
         start = start.unsqueeze(-1)
         state = self._state(observed, reward.unsqueeze(-1), done.unsqueeze(-1), start, memory)
         for function in self._functions:
@@ -108,12 +108,6 @@ class PolicyStep(nn.Module):
             # In the dtype that is carried, of counters and flags too: onnxruntime chooses between no flags.
             state[key] = where_rows(start.squeeze(-1), first[key].to(carried.dtype), carried).to(first[key].dtype)
         return state
-
-
-def _split(tensors: tuple[Tensor, ...], sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
-    for size in sizes:
-        yield tensors[:size]
-        tensors = tensors[size:]
 
 
 def _exportable(part: ActingPart) -> Callable[[State], None]:
