@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ class RunCheckpoints:
     """The newest checkpoints of a run: networks, optimizer, tasks, envs, random numbers, history and callbacks.
 
     A checkpoint is one file, ``checkpoint-<env steps>.safetensors``, written durably and checked when it is read; nothing in it
-    is run. The history of scalars lies beside, in ``checkpoint-history.jsonl``. In a context (``with``) the folder is this run's
+    is run. The history of scalars lies beside, in ``checkpoint-history.jsonl``. Within `held` the folder is this run's
     alone. Only these files are ever moved or removed.
 
     Args:
@@ -101,13 +101,15 @@ class RunCheckpoints:
             "rng": GlobalRNGState(),
         }
 
-    def __enter__(self) -> RunCheckpoints:
-        """Takes the folder for this run; OSError where another one has it."""
+    @contextmanager
+    def held(self) -> Iterator[RunCheckpoints]:
+        """Within it the folder is this run's; OSError where another one has it."""
         if self._folder is None:
-            return self
-        with ExitStack() as held:  # let go again, where this fails
+            yield self
+            return
+        with ExitStack() as stack:
             try:
-                held.enter_context(locked(self._folder / _LOCK))
+                stack.enter_context(locked(self._folder / _LOCK))
             except BlockingIOError as error:
                 raise OSError(
                     f"checkpoints={str(self._folder)!r} is in use by another training ({error}): two runs in one folder would "
@@ -119,12 +121,7 @@ class RunCheckpoints:
             to_bytes(state := self._state())  # what cannot be saved is found now
             if "missing" in state["rollout"]:
                 log.info("a resumed run will begin new trials: %s.", state["rollout"]["missing"])
-            self._held = held.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._folder is not None:
-            self._held.close()
+            yield self
 
     # ----------------------------------------------------------------- saving
     def before_rollout(self) -> None:

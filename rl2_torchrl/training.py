@@ -139,7 +139,7 @@ def train(
     parts = {"update": update, "collector": collector, "callbacks": callbacks, "result": result, "returns": returns}
     total = collector.total_frames
     stateful = [*callbacks, *[stop] * hasattr(stop, "state_dict")]
-    with _own_modes(), RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}) as saved:
+    with _own_modes(), RunCheckpoints(checkpoints, **{**parts, "callbacks": stateful}).held() as saved:
         goes_on = resume and (saved.load_latest(resume_changes) or result.env_steps > 0)
         if goes_on:
             scalars.go_on_from(result.history, result.env_steps)
