@@ -85,17 +85,18 @@ class EpisodeTable:
             numbers.index_add_(0, at, values)
         steps.index_add_(0, at, torch.ones_like(values))
 
-    def table(self) -> torch.Tensor:
-        """The table ``[num_trials, num_episodes]``, NaN where a trial had no such episode."""
-        return self._of_played(self._numbers / self._steps if self.how == "mean" else self._numbers)
+    def table(self, episodes: int = 0) -> torch.Tensor:
+        """The table ``[num_trials, num_episodes]``, at least ``episodes``; NaN where a trial had no such episode."""
+        return self._of_played(self._numbers / self._steps if self.how == "mean" else self._numbers, episodes)
 
-    def counts(self) -> torch.Tensor:
+    def counts(self, episodes: int = 0) -> torch.Tensor:
         """How many steps each episode took, as `table`."""
-        return self._of_played(self._steps)
+        return self._of_played(self._steps, episodes)
 
-    def _of_played(self, numbers: torch.Tensor) -> torch.Tensor:
-        played = self._steps > 0
-        return torch.where(played, numbers, torch.nan)[:, played.any(0)]
+    def _of_played(self, numbers: torch.Tensor, episodes: int) -> torch.Tensor:
+        is_played = self._steps > 0
+        played = torch.where(is_played, numbers, torch.nan)[:, is_played.any(0)]
+        return nn.functional.pad(played, (0, max(0, episodes - played.shape[1])), value=torch.nan)
 
 
 def _require_finite(key: NestedKey, numbers: torch.Tensor, trial: torch.Tensor, episode: torch.Tensor) -> None:

@@ -36,11 +36,13 @@ class AdaptationCurve:
     """Returns of whole trials, episode by episode.
 
     Args:
-        returns: return of each episode, ``[num_trials, num_episodes]``; NaN where a trial had no such episode. A trial that
-            is bounded by steps can end within an episode, which then counts with the rewards it had so far.
+        returns: return of each episode, ``[num_trials, num_episodes]``, of as many as a trial may have, or else as any had; NaN
+            where one had no such episode. A trial that is bounded by steps can end within an episode, which then counts with the rewards
+            it had so far.
         measures: by name, the curve of another number of each episode, such as whether it was a success.
         steps: the curve of how many steps each episode took; None where nobody has counted.
         finished: how many episodes each trial has finished, ``[num_trials]``; None: all that it had.
+        episodes: how many a trial may have, ``Trial(episodes=...)``; None: as many as it finds time for, or nobody has said.
 
     Raises:
         TypeError: ``returns`` is no tensor.
@@ -56,6 +58,7 @@ class AdaptationCurve:
     measures: Mapping[str, AdaptationCurve] = field(default_factory=dict)
     steps: AdaptationCurve | None = None
     finished: torch.Tensor | None = None
+    episodes: int | None = None
 
     def __post_init__(self):
         require_torch(returns=self.returns)
@@ -88,7 +91,7 @@ class AdaptationCurve:
     @property
     def se(self) -> float:
         """Standard error of `mean` over tasks; NaN for a single task."""
-        return (self.trial_returns.std() / self.num_tasks**0.5).item()
+        return (self.trial_returns.std() / self.num_tasks**0.5).item() if self.num_tasks > 1 else math.nan
 
     @property
     def per_episode(self) -> torch.Tensor:
@@ -229,9 +232,12 @@ def adaptation_curve(
             "the ablation changed nothing that the policy reads, in no step of any trial: the curve is that of the agent as it is. "
             "Memory that is zeroed where episodes begin needs trials of several."
         )
-    made = partial(AdaptationCurve, finished=trials.finished)
-    measured = {key[-1]: made(table.table()) for key, table in tables.items()}
-    return made(returns.table(), measured, made(returns.counts()))
+    trial = next((each for each in transforms_of(env) if isinstance(each, Trial)), None)  # none where workers have it
+    episodes = None if trial is None else trial.episodes
+    at_least = 0 if episodes is None else min(episodes, trial.steps or episodes)
+    made = partial(AdaptationCurve, finished=trials.finished, episodes=episodes)
+    measured = {key[-1]: made(table.table(at_least)) for key, table in tables.items()}
+    return made(returns.table(at_least), measured, made(returns.counts(at_least)))
 
 
 def _rewind(env: EnvBase) -> None:

@@ -110,8 +110,9 @@ class AdaptationReport:
         curves = [*self._own(), *self._ablated(), *self._classical()]
         figures: dict[str, float | str] = {name: f"{curve.mean:.3f} ± {curve.se:.3f}" for name, curve in curves}
         for name in self.agent.shown:
-            first, last = self.agent.shown_as(name).first_and_last
-            figures[f"{_label(name)}, first and last {self.episode_name}"] = f"{first:.3f}, {last:.3f}"
+            ends = _ends(curve := self.agent.shown_as(name), curve.num_compared)
+            which = "first and last" if len(ends) > 1 else "first"
+            figures[f"{_label(name)}, {which} {self.episode_name}"] = ", ".join(ends)
         return figures if self.optimum is None else {**figures, "optimum": round(self.optimum, 3)}
 
     # What each curve is called, wherever one is shown: classical agents may have the names of ways in which ours plays.
@@ -149,17 +150,20 @@ class AdaptationReport:
         table = Table(title=escape(f"{self.title}: return of a held-out trial, {self.agent.num_tasks:,} tasks"))
         table.add_column("agent")
         measures = (f"{_label(name)}, first → last" for name in self.agent.shown)
-        for column in ("mean", "± SE", f"first {self.episode_name}", f"last {self.episode_name}", *measures):
+        last = self.agent.num_compared
+        of_last = "last {0}" if last in (1, self.agent.returns.shape[1]) else "{0} {1}"
+        ends = f"first {self.episode_name}", of_last.format(self.episode_name, last)
+        for column in ("mean", "± SE", *ends, *measures):
             table.add_column(escape(column), justify="right")
         if self.optimum is not None:
             table.add_row("Bayes optimum (exact)", f"{self.optimum:.3f}", "", "", "", style="dim")
         rows = [(f"[bold]{name}", curve) for name, curve in self._own()]
         rows += [(escape(name), curve) for name, curve in self._classical()]
         for name, curve in sorted(rows, key=lambda row: -row[1].mean):
-            table.add_row(name, *_cells(curve, self.agent.shown))
+            table.add_row(name, *_cells(curve, self.agent.shown, last))
         table.add_section()
         for name, curve in self._ablated():
-            table.add_row(escape(name), *_cells(curve, self.agent.shown))
+            table.add_row(escape(name), *_cells(curve, self.agent.shown, last))
         return table
 
     # ------------------------------------------------------------------ plot
@@ -256,8 +260,9 @@ def _commit() -> str | None:
 
 def _require_alike(curves: Sequence[tuple[str, AdaptationCurve]]) -> None:
     # One number a trial may be its whole return; bounded by steps, trials have as many episodes as they find time for.
-    sizes = {name: curve.returns.shape[1] for name, curve in curves}
-    sizes = {name: sizes[name] for name, curve in curves if 1 < sizes[name] == curve.num_compared}
+    played = [(name, curve) for name, curve in curves if curve.finished is None or curve.episodes is not None]
+    sizes = {name: curve.returns.shape[1] for name, curve in played}
+    sizes = {name: sizes[name] for name, curve in played if 1 < sizes[name] == curve.num_compared}
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"the curves are of trials of different numbers of episodes, {sizes}, over which returns add up: none is better for "
@@ -294,11 +299,19 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _cells(curve: AdaptationCurve, shown: Sequence[str]) -> list[str]:
-    cells = [f"{figure:.3f}" for figure in (curve.mean, curve.se, *curve.first_and_last)]
+def _cells(curve: AdaptationCurve, shown: Sequence[str], last: int) -> list[str]:
+    cells = [f"{figure:.3f}" for figure in (curve.mean, curve.se)]
+    cells += (*_ends(curve, last), "")[:2]
     for each in map(curve.shown_as, shown):  # which classical agents may lack
-        cells.append("" if each is None else "{:.3f} → {:.3f}".format(*each.first_and_last))
+        cells.append("" if each is None else " → ".join(_ends(each, last)))
     return cells
+
+
+def _ends(curve: AdaptationCurve, last: int) -> list[str]:
+    """The first episode of ``curve`` and the one of number ``last``, or its last that can be compared, with its number."""
+    number = min(last, curve.num_compared)
+    words = [f"{curve.per_episode[n]:.3f}" for n in dict.fromkeys((0, number - 1))]
+    return words if number == last or number == 1 else [words[0], f"{words[1]} ({number})"]
 
 
 def _band(axes, curve: AdaptationCurve, measure: str | None, label: str, **style) -> None:

@@ -121,6 +121,19 @@ def test_episodes_that_the_bound_cuts_or_that_some_trials_lack_are_not_compared(
     assert adaptation_curve(countdown_env([2, 5, 1], 3, TensorCountdown, steps=7), act(first_arm), 3).num_compared == 1
 
 
+def test_a_curve_has_as_many_episodes_as_its_trials_may_have():
+    """Whoever plays, and for however long: tables of several seeds stack, and a report holds those of good agents and bad ones."""
+    quick, slow = (adaptation_curve(countdown_env(n, 1, steps=8, episodes=3), act(first_arm), 1) for n in ([2], [4]))
+    assert same(quick.returns, torch.tensor([[3.0, 3.0, 3.0]]))
+    assert same(slow.returns, torch.tensor([[10.0, 10.0, NAN]]))
+    assert same(slow.steps.returns, torch.tensor([[4.0, 4.0, NAN]]))
+    assert (quick.num_compared, slow.num_compared, slow.episodes) == (3, 2, 3)
+    assert make_report(agent=quick, greedy=quick, baselines={}, ablations={"memory zeroed": slow}).table()
+    by_steps = [adaptation_curve(countdown_env([n], 1, steps=8), act(first_arm), 1) for n in (2, 4)]
+    assert [curve.returns.shape[1] for curve in by_steps] == [4, 2]  # all of them finished, by chance
+    assert make_report(agent=by_steps[0], greedy=by_steps[1], baselines={}, ablations={}).table()
+
+
 def test_trials_of_unknown_length_are_played_a_few_steps_at_once(monkeypatch):
     batches, play = [], Rollout.__call__
     monkeypatch.setattr(Rollout, "__call__", lambda self: batches.append(self.steps) or play(self))

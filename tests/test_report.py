@@ -100,6 +100,22 @@ def test_table_ranks_the_agents():
     assert "memory zeroed" in names[-1]
 
 
+def test_the_last_episode_is_the_same_one_in_all_rows_or_has_its_number():
+    three = AdaptationCurve(torch.tensor([[0.0, 1.0, 2.0, NAN]]), finished=torch.tensor([3]))
+    two, one = (AdaptationCurve(three.returns[:, :n], finished=torch.tensor([n])) for n in (2, 1))
+    table = make_report(
+        agent=three, greedy=two, baselines={"random": one}, ablations={"none": one}, optimum=None
+    ).table()
+    assert [column.header for column in table.columns][3:5] == ["first episode", "episode 3"]
+    assert list(table.columns[3].cells) == ["0.000"] * 4
+    assert list(table.columns[4].cells) == ["2.000", "1.000 (2)", "", ""]
+    table = make_report(agent=two, greedy=three, baselines={}, ablations={}, optimum=None).table()
+    assert table.columns[4].header == "last episode"
+    assert list(table.columns[4].cells) == ["1.000", "1.000"]  # not the third
+    shown = make_report(agent=AdaptationCurve(one.returns, measures={"success": one}), baselines={}, ablations={})
+    assert shown.summary()["success, first episode"] == "0.000"
+
+
 def test_names_in_brackets_are_names():
     random = AdaptationCurve(torch.tensor([[0.0, 1.0]]))
     report = make_report(
