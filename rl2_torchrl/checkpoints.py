@@ -26,7 +26,7 @@ from rl2_torchrl.locks import locked
 from rl2_torchrl.settings import differences, moved, named, networks_of, parts_of, settings_of
 from rl2_torchrl.storage import DamagedFileError, load_tree, save_tree, to_bytes, whole_name
 from rl2_torchrl.tasks import TaskSampler, owner_of
-from rl2_torchrl.trial import base_of, rows_of, transforms_of
+from rl2_torchrl.trial import base_of, own_transforms, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -35,7 +35,7 @@ __all__ = ["RunCheckpoints", "Stateful"]
 log = logging.getLogger(__name__)
 
 #: Of what is in a checkpoint; another number is not read.
-FORMAT = 7
+FORMAT = 8
 _KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _HISTORY, _LOCK = "checkpoint-history.jsonl", "checkpoint.lock"
@@ -267,7 +267,10 @@ class RunCheckpoints:
         if any(name.startswith("env.") for name in changed):
             state["rollout"] = {"missing": "settings of the env have changed"}
             changed_parts |= {name for name in state["kept"] if name.startswith("env.")}
+            self._own.is_other_env = True
         state["kept"] = {name: each for name, each in state["kept"].items() if name not in changed_parts}
+        if isinstance(state["update"], dict) and {"optimizer", "given_options"} <= state["update"].keys():
+            _begin_anew_what_does_not_fit(state["update"], self._parts["update"].state_dict(), changed)
         try:
             for name, part in self._parts.items():
                 part.load_state_dict(state[name])
@@ -316,6 +319,31 @@ class RunCheckpoints:
         for path in paths:
             if path.exists():
                 path.replace(folder / path.name)
+
+
+def _begin_anew_what_does_not_fit(state: dict[str, Any], own: Mapping[str, Any], changed: Collection[str]) -> None:
+    """Has optimizer and advantage of an update's ``state`` begin as in ``own``, where ``changed`` settings make others of them."""
+    groups = [[(len(g["params"]), set(g)) for g in each["optimizer"]["param_groups"]] for each in (state, own)]
+    if groups[0] != groups[1] and any(name.startswith("update.") for name in changed):
+        log.warning("the optimizer begins anew: it is another one than the run's.")
+        state.update(optimizer=own["optimizer"], given_options=own["given_options"])
+    kept = [_layout(each.get("advantage", {})) for each in (state, own)]
+    if kept[0] != kept[1] and any(name.startswith("advantage.") for name in changed):
+        log.warning("the advantage begins anew: it is another one than the run's.")
+        state.pop("advantage", None)
+
+
+def _below(place: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in ``state`` under ``place``, without it."""
+    return {key.removeprefix(place): value for key, value in state.items() if key.startswith(place)}
+
+
+def _layout(state: Any) -> Any:
+    """What a ``state`` must be alike in to fit; bytes may be as many as they are."""
+    if isinstance(state, Mapping):
+        return {name: _layout(each) for name, each in state.items()}
+    is_bytes = isinstance(state, torch.Tensor) and state.dtype == torch.uint8
+    return (state.dtype, state.shape) if isinstance(state, torch.Tensor) and not is_bytes else None
 
 
 def _is_ours(name: str) -> bool:
@@ -394,13 +422,42 @@ def _transforms(collector: BaseCollector) -> dict[str, Transform]:
 
 
 class _CollectorState:
-    """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more."""
+    """A collector, and what it last said of itself: processes that a signal has ended cannot be asked any more.
+
+    Its transforms' states go by the names of their settings, not, as TorchRL's, by the places where they stand.
+
+    Attributes:
+        is_other_env: whether settings of the env have changed; transforms whose states then do not fit begin anew.
+    """
 
     def __init__(self, collector: BaseCollector):
-        self._collector, self._known = collector, {}
+        self._collector, self._known, self.is_other_env = collector, {}, False
 
     def ask(self) -> None:
         self._known = self._collector.state_dict()
+        if (places := self._places()) and "env_state_dict" in self._known:
+            found = self._known["env_state_dict"]
+            self._known["env_state_dict"] = {name: _below(place, found) for name, place in places.items()}
+
+    def _places(self) -> dict[str, str]:
+        """Where in the env's ``state_dict`` that of each transform is; none of an env that is elsewhere."""
+        env = getattr(self._collector, "env", None)
+        if not (own := own_transforms(env)):
+            return {}
+        names = [(name, each) for name, each in named("env", transforms_of(env)).items() if each in own]
+        paths = {id(module): path for path, module in env.transform.named_modules()}
+        return {name: f"{path}." if (path := paths[id(each)]) else "" for name, each in names}
+
+    def _put_in_places(self, states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The env's ``state_dict`` with the ``states`` of its transforms, by their names."""
+        whole = dict(self._collector.env.state_dict())
+        for name, place in self._places().items():
+            state = states.get(name, {})
+            if self.is_other_env and _layout(state) != _layout(_below(place, whole)):
+                log.warning("%s begins anew: the run had none, or one whose state does not fit.", name)
+            else:
+                whole.update({place + key: value for key, value in state.items()})
+        return whole
 
     def state_dict(self) -> dict[str, Any]:
         try:
@@ -417,6 +474,8 @@ class _CollectorState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if ("lives" in state) == isinstance(self._collector, TrialWorkers):
+            if self._places() and "env_state_dict" in state:
+                state = {**state, "env_state_dict": self._put_in_places(state["env_state_dict"])}
             self._collector.load_state_dict(state)
         else:  # one with workers in the place of one without, or the other way round
             self._collector._frames = state["frames"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModuleBase
 from torch import nn
 from torchrl.collectors import BaseCollector
 from torchrl.envs import EnvBase
@@ -19,7 +20,7 @@ from torchrl.envs import EnvBase
 from rl2_torchrl.envs import GymTaskEnv, GymVectorEnv
 from rl2_torchrl.envs.layers import made_of
 from rl2_torchrl.tasks import TaskSampler, owner_of
-from rl2_torchrl.trial import base_of, rows_of, transforms_of
+from rl2_torchrl.trial import base_of, own_transforms, rows_of, transforms_of
 from rl2_torchrl.update import PPOUpdate
 from rl2_torchrl.workers import TrialWorkers
 
@@ -99,7 +100,10 @@ def _env(env: EnvBase | None) -> Settings:
     specs = {"observation": env.observation_spec, "action": env.full_action_spec, "state": env.full_state_spec}
     for name, spec in specs.items():
         settings[f"env.{name}"] = {str(key): list(leaf.shape) for key, leaf in spec.items(True, True)}
-    for name, transform in named("env", transforms_of(env)).items():
+    transforms = named("env", transforms_of(env))
+    # In their order, each after the other.
+    settings["env.transforms"] = [name for each in own_transforms(env) for name, t in transforms.items() if t is each]
+    for name, transform in transforms.items():
         settings |= _part(name, transform)
         # What it scales and shifts by, as RewardScaling does, are buffers.
         buffers = {
@@ -165,6 +169,12 @@ def _update(update: PPOUpdate) -> Settings:
     settings: Settings = {"update.optimizer": _name(update.optimizer), "update.processes": update.processes}
     for name, part in parts_of(update).items():
         settings |= _part(name, part)
+        if isinstance(part, TensorDictModuleBase) and part is not update.loss:
+            settings |= {f"{name}.{keys}": _plain(list(getattr(part, keys))) for keys in ("in_keys", "out_keys")}
+        if isinstance(part, ProbabilisticTensorDictModule):  # bounds of actions are tensors
+            given = (part.distribution_kwargs or {}).items()
+            given = {key: each.tolist() if isinstance(each, torch.Tensor) else each for key, each in given}
+            settings[f"{name}.distribution_kwargs"] = _plain(given)
     for number, options in enumerate(update.given_options):
         group = "update" if number == 0 else f"update.group{number}"
         settings |= {f"{group}.{name}": _plain(value) for name, value in options.items() if name not in _INNER}

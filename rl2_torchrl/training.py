@@ -89,8 +89,9 @@ def train(
             once: what the logger has there of later steps is taken back. Where there is no checkpoint the run starts anew, as
             one without ``resume``.
         resume_changes: settings that may be others than the run's, by the names that the error gives, such as
-            ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. How long the training
-            is (``total_frames``) may always change.
+            ``["update.lr"]``. The new ones count from then on; after a change of the env new trials begin. A transform, an
+            optimizer or an advantage that is another one then, whose state does not fit, begins anew, which the log says. How long
+            the training is (``total_frames``) may always change.
         stop: called with each update's scalars, those of an evaluation among them, by the names that ``history`` has:
             ``"env_steps"``, ``"train/..."`` (no losses where a first batch told a normalisation alone), ``"time/seconds"`` (of the
             whole run, with those before a resume: a job's own limit is a clock of its own); True ends the training early. One that

@@ -19,6 +19,7 @@ from torchrl.envs import Compose, TransformedEnv
 
 import rl2_torchrl as rl2
 from rl2_torchrl import AdaptiveAgent, GRUCategoricalActor, RecurrentActor, load_weights, register_part
+from rl2_torchrl.agent.architecture import plan_of_policy
 from rl2_torchrl.agent.files import read_agent, write_agent
 from rl2_torchrl.envs import BernoulliBandit, GymVectorEnv, uniform_means
 from rl2_torchrl.storage import save_tree
@@ -123,6 +124,22 @@ def test_weights_of_other_parts_of_the_same_sizes(tmp_path, slots, words):
     here = {"encoder": nn.Sequential(nn.Identity(), nn.ReLU())} if "encoder" in slots else {}
     with pytest.raises(ValueError, match=f"holds the weights of another network: {words}"):
         load_weights(RecurrentActor.from_env(bandits(), hidden_size=4, **here), path)
+
+
+def test_weights_of_encoders_that_read_the_same_entries_the_other_way_round(tmp_path):
+    def actor(*keys, hidden_key="actor_hidden"):
+        shapes = {"trans": [5], **dict.fromkeys(keys, [2])}
+        encoders = dict.fromkeys(keys, rl2.MLPEncoder)
+        return RecurrentActor(shapes, rl2.CategoricalActions(3), hidden_size=4, encoder=encoders, hidden_key=hidden_key)
+
+    about = {"policy": plan_of_policy(actor("left", "right"))}
+    path = write_agent(tmp_path / "agent.safetensors", about, actor("left", "right").state_dict())
+    load_weights(actor("left", "right", hidden_key="mine"), path)
+    load_weights(actor("l", "r"), path)  # by other names, which may be the same
+    with pytest.raises(
+        ValueError, match=r"another network: entries read \['\"left\"', '\"right\"', .*\], here \['\"right\"'"
+    ):
+        load_weights(actor("right", "left"), path)
 
 
 def test_of_parts_that_are_not_known_the_sizes_alone_are_compared(tmp_path, caplog):

@@ -27,6 +27,7 @@ from rl2_torchrl import (
     ActorCritic,
     Callback,
     GRUGaussianActor,
+    GRUValueHead,
     MemoryValueHead,
     PPOUpdate,
     PreviousStep,
@@ -43,7 +44,7 @@ from rl2_torchrl import (
 )
 from rl2_torchrl.checkpoints import _CollectorState
 from rl2_torchrl.checks import TrainingReport
-from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, uniform_means
+from rl2_torchrl.envs import BernoulliBandit, GymTaskEnv, GymVectorEnv, PointRobot, uniform_means
 from rl2_torchrl.storage import load_tree
 
 
@@ -419,7 +420,7 @@ def test_networks_of_the_same_sizes_may_be_others(tmp_path, changed, words):
         Pendulums(2, **changed).train(checkpoints=tmp_path, resume=True, check=False)
 
 
-def test_rewards_are_scaled_from_now_on(tmp_path):
+def test_rewards_are_scaled_from_now_on(tmp_path, caplog):
     def run(updates, scale_rewards):
         one = Run(updates)
         one.update.advantage = TrialAdvantage(critic=one.policy, scale_rewards=scale_rewards)
@@ -430,8 +431,8 @@ def test_rewards_are_scaled_from_now_on(tmp_path):
     changes = {"resume_changes": ["advantage.scale_rewards"]}
     resumed.train(checkpoints=tmp_path, check=False, resume=True, **changes)
     assert resumed.update.advantage._returns.count == BATCH
-    with pytest.raises(ValueError, match="the state of the update does not fit, .*_returns"):
-        run(3, False).train(checkpoints=tmp_path, check=False, resume=True, **changes)
+    run(3, False).train(checkpoints=tmp_path, check=False, resume=True, **changes)
+    assert "the advantage begins anew" in caplog.text
 
 
 def test_adamw_goes_on_with_adams_averages():
@@ -450,19 +451,84 @@ def grouped(run):
 
 
 @pytest.mark.parametrize(
-    ("make", "differs", "words"),
+    ("make", "differs"),
     [
-        (lambda: Run(2, sgd=True, lr=0.5), '"Adam" then, "SGD" now', "that of another optimizer than this SGD"),
-        (lambda: grouped(Run(2)), "update.group1.lr: none then, 0.5 now", "different number of parameter groups"),
+        (lambda: Run(2, sgd=True, lr=0.5), '"Adam" then, "SGD" now'),
+        (lambda: grouped(Run(2)), "update.group1.lr: none then, 0.5 now"),
     ],
 )
-def test_another_kind_of_optimizer_cannot_go_on(make, differs, words, tmp_path):
+def test_another_kind_of_optimizer_begins_anew(make, differs, tmp_path, caplog):
     Run(1).train(checkpoints=tmp_path, check=False)
     with pytest.raises(ValueError, match=differs) as error:
         make().train(checkpoints=tmp_path, check=False, resume=True)
     changes = ast.literal_eval(re.search(r"resume_changes=(\[.*\])", str(error.value))[1])
-    with pytest.raises(ValueError, match=f"the state of the update does not fit, .*{words}"):
-        make().train(checkpoints=tmp_path, check=False, resume=True, resume_changes=changes)
+    resumed, given = make(), make().update.given_options
+    resumed.train(checkpoints=tmp_path, check=False, resume=True, resume_changes=changes)
+    assert "the optimizer begins anew" in caplog.text
+    assert resumed.update.given_options == given
+    assert {int(each.get("step", 0)) for each in resumed.update.optimizer.state.values()} <= {0, 4}  # one update's
+
+
+class Later(RewardScaling):
+    """Another class, which scales as well."""
+
+
+def scaled(updates, *transforms):
+    return Run(updates, transforms=transforms)
+
+
+def test_transforms_in_another_order_are_another_env(tmp_path):
+    """And each has its own numbers all the same, if that is what is asked for."""
+    scaled(1, RewardScaling(0.0, 2.0), Later(0.0, 3.0)).train(checkpoints=tmp_path, check=False)
+    with pytest.raises(ValueError, match=r'env.transforms: .*"env.RewardScaling", "env.Later".* then'):
+        scaled(2, Later(0.0, 3.0), RewardScaling(0.0, 2.0)).train(checkpoints=tmp_path, check=False, resume=True)
+    pair = Later(0.0, 3.0), RewardScaling(0.0, 2.0)
+    changes = {"resume": True, "resume_changes": ["env.transforms"]}
+    result = scaled(2, *pair).train(checkpoints=tmp_path, check=False, **changes)
+    assert [each.scale.item() for each in pair] == [3.0, 2.0]
+    assert len(result.new_trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("then", "now"), [([], [2.0]), ([2.0], []), ([2.0], [[3.0]])], ids=["more", "less", "of another shape"]
+)
+def test_transforms_that_a_run_has_not_had_begin_anew(then, now, tmp_path, caplog):
+    def make(updates, scales):
+        return scaled(updates, *(RewardScaling(0.0, torch.tensor(scale)) for scale in scales))
+
+    make(1, then).train(checkpoints=tmp_path, check=False)
+    with pytest.raises(ValueError, match="env.RewardScaling") as error:
+        make(2, now).train(checkpoints=tmp_path, check=False, resume=True)
+    changes = ast.literal_eval(re.search(r"resume_changes=(\[.*\])", str(error.value))[1])
+    resumed = make(2, now)
+    assert resumed.train(checkpoints=tmp_path, check=False, resume=True, resume_changes=changes).history
+    assert [t.scale.tolist() for t in resumed.collector.env.transform if isinstance(t, RewardScaling)] == now
+    assert ("env.RewardScaling begins anew" in caplog.text) == bool(now)
+
+
+def test_networks_that_read_other_entries_or_act_within_other_bounds_are_others(tmp_path):
+    def make(extra_keys, high):
+        torch.manual_seed(0)
+        robot = PointRobot(batch_size=(4,))
+        trials = Compose(
+            Trial(steps=4), TaskSampler(lambda b, g: torch.rand(*b, 2, generator=g), seed=0), PreviousStep()
+        )
+        env = TransformedEnv(robot, trials)
+        actor = RecurrentActor.from_env(env, hidden_size=4, distribution=TanhGaussianActions([-1.0] * 2, high))
+        critic = GRUValueHead.from_env(env, hidden_size=4, extra_keys=extra_keys)
+        update = PPOUpdate(RL2PPOLoss(actor, critic), epochs=1)
+        return TrialCollector(env, ActorCritic(actor, critic), frames_per_batch=16, total_frames=32), update
+
+    def run(*arguments, **options):
+        return train(*make(*arguments), evaluate=None, progress=False, check=False, checkpoints=tmp_path, **options)
+
+    given = ["time_left", "trial_step"], [1.0, 1.0]
+    run(*given)
+    with pytest.raises(ValueError, match=r'loss.critic_network.in_keys: .*"time_left", "trial_step"'):
+        run(given[0][::-1], given[1], resume=True)
+    with pytest.raises(ValueError, match=r"distribution_kwargs: .*\[1.0, 1.0\]} then, .*\[1.0, 2.0\]} now"):
+        run(given[0], [1.0, 2.0], resume=True)
+    assert run(*given, resume=True).env_steps == 32
 
 
 class Wrapped(PPOUpdate):

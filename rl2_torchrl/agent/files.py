@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,11 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
     held, here = _shapes(weights), _shapes(policy.state_dict())
     if held == here and isinstance(policy, ProbabilisticActor):
         try:
-            held, here = _networks(about["policy"]), _networks(plan_of_policy(policy))
+            plans = about["policy"], plan_of_policy(policy)
+            held, here = map(_networks, plans)
+            read = list(map(_entries_read, plans))
+            if sorted(read[0]) == sorted(read[1]):  # others may be the same by another name
+                held["entries read"], here["entries read"] = read
         except TypeError as error:
             log.info("of the networks only sizes are compared with those of %s: %s", path, error)
     names = [name for name in {**held, **here} if held.get(name) != here.get(name)]
@@ -117,6 +122,17 @@ def load_weights(policy: nn.Module, path: str | Path) -> None:
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes by name; of a module's ``get_extra_state``, which may be anything, only that it is there."""
     return {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+
+
+def _entries_read(plan: Plan) -> list[str]:
+    """What a policy's networks read that none of them writes, in order."""
+    read, written = [], []
+    for part in plan["parts"]:
+        first, *others = part["keys"]
+        reads, writes = ([first], others[1:]) if "core" in part else (first, others[0])
+        read += [json.dumps(key) for key in reads if key not in written]
+        written += writes
+    return read
 
 
 def _networks(plan: Plan) -> dict[str, Any]:
