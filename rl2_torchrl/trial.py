@@ -52,7 +52,8 @@ class Trial(Transform):
 
     Must be the first transform of its `TransformedEnv`: it resets the base env itself, so a transform before it
     would be skipped at inner resets. Wrap an already transformed env with
-    ``TransformedEnv(env, Compose(Trial(...), ...), auto_unwrap=False)``.
+    ``TransformedEnv(env, Compose(Trial(...), ...), auto_unwrap=False)``. What stands behind it sees the trial as one episode:
+    there `CatFrames` puts the last frames of one episode before the first of the next, which below it does not.
 
     Entries added, all of shape ``[*B, 1]`` and all kept in the TensorDict, so that partial resets and workers just
     work:
@@ -217,12 +218,11 @@ class Trial(Transform):
                 f"Trial(step_keys=...): the env reads {read} back at its next step: left as they are by an inner reset, the new "
                 "episode would go on from the last one's."
             )
-        if any(isinstance(each, FrameSkipTransform) and each.frame_skip > 1 for each in own_transforms(self.container)):
+        transforms = [*own_transforms(self.container), *transforms_of(env)]
+        if any(isinstance(each, FrameSkipTransform) and each.frame_skip > 1 for each in transforms):
             raise ValueError(
-                "FrameSkipTransform behind Trial steps the env several times in one: a row whose episode ends in between "
-                "goes on at once with the next one, and two episodes would be one. Put it below: "
-                "TransformedEnv(TransformedEnv(env, FrameSkipTransform(...)), Compose(Trial(...), ...), auto_unwrap=False), or let "
-                "the env itself repeat actions."
+                "FrameSkipTransform steps the env several times in one, and does not look whether an episode has ended in between: "
+                "its end would be lost. Let the env itself repeat actions until its episode ends; a Gymnasium env by a wrapper."
             )
         shape, device = env.full_done_spec["done"].shape, env.device
         if shape != (due := (*env.batch_size, 1)):
