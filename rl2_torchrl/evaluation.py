@@ -13,7 +13,7 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
-from torchrl.envs import EnvBase, ExplorationType, VecNorm, VecNormV2
+from torchrl.envs import EnvBase, ExplorationType, SerialEnv, VecNorm, VecNormV2
 
 from rl2_torchrl.arguments import require_env, require_flags, require_network, require_torch, whole
 from rl2_torchrl.envs import GymVectorEnv
@@ -37,8 +37,8 @@ class AdaptationCurve:
 
     Args:
         returns: return of each episode, ``[num_trials, num_episodes]``, of as many as a trial may have, or else as any had; NaN
-            where one had no such episode. A trial that is bounded by steps can end within an episode, which then counts with the rewards
-            it had so far.
+            where one had no such episode. A trial that is bounded by steps can end within an episode, which then counts with the
+            rewards it had so far.
         measures: by name, the curve of another number of each episode, such as whether it was a success.
         steps: the curve of how many steps each episode took; None where nobody has counted.
         finished: how many episodes each trial has finished, ``[num_trials]``; None: all that it had.
@@ -177,10 +177,10 @@ def adaptation_curve(
         The adaptation curve; ``curve.steps.first_and_last`` says whether episodes get shorter.
 
     Raises:
-        ValueError: ``num_trials`` below 1, the env has no `Trial`, statistics of a `VecNorm` in it, or of Gymnasium's
-            `NormalizeObservation` or `NormalizeReward`, would move, a measured entry is several numbers, or overwritten where an
-            episode ends, or the ablation changes nothing that the policy reads (where that is known after all trials alone, as of
-            memory zeroed where episodes begin and none does, the log says so).
+        ValueError: ``num_trials`` below 1, the env has no `Trial`, rows of a `SerialEnv` hand out the same fixed tasks,
+            statistics of a `VecNorm` in it, or of Gymnasium's `NormalizeObservation` or `NormalizeReward`, would move, a measured
+            entry is several numbers, or overwritten where an episode ends, or the ablation changes nothing that the policy reads
+            (where that is known after all trials alone, as of memory zeroed where episodes begin and none does, the log says so).
         TypeError: ``env`` is no env, ``policy`` no policy, ``measures`` no mapping, ``ablation`` or ``on_step`` no function, or an
             ablation returns something else than named tensors.
         RuntimeError: a trial does not end.
@@ -230,7 +230,7 @@ def adaptation_curve(
     if ablation is not None and not rollout.has_ablated:
         log.warning(
             "the ablation changed nothing that the policy reads, in no step of any trial: the curve is that of the agent as it is. "
-            "Memory that is zeroed where episodes begin needs trials of several."
+            "Memory that is zeroed where episodes begin needs trials of several, rewards that are shuffled some that differ."
         )
     trial = next((each for each in transforms_of(env) if isinstance(each, Trial)), None)  # none where workers have it
     episodes = None if trial is None else trial.episodes
@@ -242,8 +242,17 @@ def adaptation_curve(
 
 def _rewind(env: EnvBase) -> None:
     """Has the samplers begin with their first task: an evaluation before this one may have left them anywhere."""
-    transforms = [each for one in (env, *rows_of(env)) for each in transforms_of(one)]
-    for sampler in (each for each in transforms if isinstance(each, TaskSampler)):
+    if isinstance(base := base_of(env), SerialEnv) and base.is_closed:  # it has not been started yet
+        base.start()
+    rows = rows_of(env)
+    found = [[each for each in transforms_of(one) if isinstance(each, TaskSampler)] for one in (env, *rows)]
+    lists = [each.distribution.digest for row in found[1:] for each in row if hasattr(each.distribution, "digest")]
+    if len(set(lists)) < len(lists):
+        raise ValueError(
+            f"of the {len(rows)} rows of the SerialEnv several hand out the same fixed tasks, each from the "
+            "first on: some would be played again and again, others never. Put Trial and TaskSampler around it."
+        )
+    for sampler in (each for row in found for each in row):
         sampler.rewind()
 
 
@@ -290,8 +299,8 @@ def _require_still_statistics(env: EnvBase) -> None:
     if moving:
         raise ValueError(
             f"the env's {moving[0]} is not frozen: its statistics would move as it is evaluated, and each trial be seen on another "
-            "scale. In each evaluation make its env anew, with the training's .frozen_copy(), which has its numbers of then; "
-            "or let networks normalize: from_env(normalize=True)."
+            "scale. In each evaluation make its env anew, with the training's .frozen_copy(), which has its numbers of then "
+            "(of as many rows, if it does not reduce_batch_dims); or let networks normalize: from_env(normalize=True)."
         )
     base = base_of(env)
     moving = base.moving_statistics() if isinstance(base, GymVectorEnv) else moving_statistics(base)

@@ -40,7 +40,8 @@ class TaskSampler(Transform):
         seed: seed of the sampler's own generator, whose numbers are not those of an env or a `torch.Generator` of the same seed;
             None draws one from PyTorch's default generator. Samplers of training tasks and of held-out ones must have different
             seeds; they stay different when ``env.set_seed`` or ``collector.set_seed`` give both envs one seed, which is joined
-            with this one. A `clone` around another env gets a seed that follows from this one.
+            with this one. Of two without a seed that makes one and the same. A `clone` around another env gets a seed that
+            follows from this one.
             Inside the workers of a ``SerialEnv`` or ``ParallelEnv`` each worker needs a seed of its own, or none
             (``create_env_kwargs=[{"seed": 0}, {"seed": 1}, ...]``), or all workers draw the same tasks; better, put
             the sampler around the batched env: ``TransformedEnv(ParallelEnv(...), Compose(Trial(...), TaskSampler(...)))``.

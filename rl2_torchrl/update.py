@@ -491,7 +491,8 @@ def _require_factors(name: str, schedule: Schedule | None, scheduled: str, initi
     if 0 < largest <= _SMALL and initial <= _SMALL:
         raise ValueError(
             f"{name} is a factor on {scheduled}={initial:.3g} and gives at most {largest:.3g}, so that {scheduled} would never "
-            f"be above {initial * largest:.3g}: give factors, such as linear_decay, or for values {scheduled}=1.0."
+            f"be above {initial * largest:.3g}: give factors, such as linear_decay, or for values {scheduled}=1.0 (of an optimizer "
+            "that you give, its own)."
         )
 
 

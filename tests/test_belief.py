@@ -67,6 +67,15 @@ def test_a_memory_as_it_was_collected_has_no_gradient_to_tell_by(key):
         update(make_batch().set("task", torch.zeros(4, 6, 5)))
 
 
+def test_features_of_another_size_are_told():
+    actor, critic = GRUCategoricalActor(5, 3, hidden_size=4), GRUValueHead(5, hidden_size=4)
+    update = PPOUpdate(RL2PPOLoss(actor, critic, terms=[TaskBelief(8, 5)]))
+    with pytest.raises(
+        ValueError, match="features_size=8, and the actor's features are 4 numbers: give its hidden_size"
+    ):
+        update(make_batch().set("task", torch.zeros(4, 6, 5)))
+
+
 def test_the_loss_by_hand():
     belief = TaskBelief(2, 1, coefficient=3.0, target=lambda task: task.mean(-1, keepdim=True))
     with torch.no_grad():

@@ -95,6 +95,16 @@ def test_done_that_is_never_told_where_the_batch_does_not_tell():
         check_training(collector, update, batch)
 
 
+def test_rows_that_end_where_the_batch_does_tell_of_no_episodes_end():
+    env = mdp_env(PreviousStep())
+    env.base_env.add_truncated_keys()
+    actor, critic = networks(env)
+    options = {"frames_per_batch": ROWS * env.base_env.max_episode_steps, "set_truncated": True}
+    collector = TrialCollector(env, ActorCritic(actor, critic), **options)
+    batch = first_batch(collector).exclude(("next", "episode_done"))
+    assert "transition_input" in check_training(collector, PPOUpdate(RL2PPOLoss(actor, critic)), batch).checked
+
+
 class OwnInput(Transform):
     """A user's own transition input, which knows of no episode."""
 

@@ -224,6 +224,17 @@ def test_batched_workers():
     assert adaptation_curve(env, act(first_arm), 10).returns[:, 1].tolist() == FIRST_PAYS
 
 
+def test_rows_that_hand_out_one_list_of_tasks_each():
+    def make(number):
+        tasks = TaskSampler.fixed(TASKS[number::2] if number < 2 else TASKS)
+        return TransformedEnv(BernoulliBandit(2), Compose(Trial(episodes=2), tasks, PreviousStep()))
+
+    shared = SerialEnv(2, [lambda: make(2), lambda: make(2)])
+    with pytest.raises(ValueError, match="of the 2 rows of the SerialEnv several hand out the same fixed tasks"):
+        adaptation_curve(shared, act(first_arm), 4)
+    assert adaptation_curve(SerialEnv(2, [lambda: make(0), lambda: make(1)]), act(first_arm), 4).num_tasks == 4
+
+
 # -------------------------------------------------------- memory, exploration
 
 

@@ -103,7 +103,10 @@ def _plan_of_step(module: TensorDictModuleBase) -> Plan:
         [in_key, hidden_key, *_], [features_key, *_] = module.in_keys, module.out_keys
         return {"keys": [in_key, hidden_key, features_key], "core": _plan_of(module)}
     if not is_function(module):
-        raise TypeError(_unknown(module))
+        raise TypeError(
+            f"{type(module).__name__} cannot be written to an agent's file, which holds modules of tensors, one after the other, "
+            "and no further TensorDictModule around them: export the agent to .pt2 or .onnx."
+        )
     return {"keys": [module.in_keys, module.out_keys], "module": _plan_of(module.module)}
 
 

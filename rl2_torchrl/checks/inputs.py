@@ -35,6 +35,9 @@ def transition_input(seen: Evidence) -> str | None:
     # A batch that does not tell where episodes end has whole trials, maybe.
     trial, has_whole = seen.transform(Trial), seen.starts[:, 0].all() and seen.flag(("next", "done")).any()
     ends = trans[..., -1][~seen.starts].any()
+    has_whole = has_whole and not getattr(
+        seen.collector, "set_truncated", False
+    )  # which ends rows where the batch does
     if has_whole and not ends and trial is not None and trial.steps is None and trial.episodes > 1:
         return f"the input told 0 times of an episode's end inside a trial of {trial.episodes} episodes"
 

@@ -149,7 +149,8 @@ RULES: dict[Rule, str] = {
     "TransformedEnv(env, Compose(Trial(...), TaskSampler(...), ...)). A transform of your own that draws tasks writes them to the "
     "observation_spec; an env that draws them itself leaves them out of its state_spec.",
     task_constant: "A trial is one task, or there is nothing to adapt to: draw tasks at trial starts only.",
-    tasks_drawn: "A few tasks are learnt by heart: draw with the generator that is passed, batch_size tasks at a time.",
+    tasks_drawn: "A few tasks are learnt by heart: draw with the generator that is passed, batch_size tasks at a time. A "
+    "curriculum that begins with one task is no fault: train(check=False), once all else is checked, or begin with two.",
     tasks_differ: "They are one row's data again: give each worker's TaskSampler a seed of its own, or wrap one around all.",
     tasks_held_out: "What is measured is not adaptation to new tasks: draw held-out tasks with another seed.",
     task_hidden: "An agent that sees its task has nothing to find out: leave it out of the observations; a critic may read it "

@@ -551,7 +551,8 @@ def _autoreset(envs: VectorEnv) -> AutoresetMode:
     if mode not in (AutoresetMode.DISABLED, AutoresetMode.SAME_STEP):
         raise ValueError(
             f"the vector env's autoreset_mode is {mode}: it would slip a step that ignores the action between episodes, and reset "
-            "without the next task. Make it with autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED."
+            "without the next task. Make it with autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED; or, where it takes no "
+            "such argument, let single envs be the rows, GymVectorEnv(id, num_envs)."
         )
     return mode
 

@@ -49,7 +49,8 @@ class ActionDistribution:
     Args:
         num_outputs: outputs of the head.
         parameter_keys: entries of the distribution's parameters, named as its constructor names them.
-        distribution_class: a `torch.distributions.Distribution`.
+        distribution_class: a `torch.distributions.Distribution` whose log-probability is one number ``[*B]``: `Independent` adds
+            those of several dimensions up.
         distribution_kwargs: further keywords of the class.
 
     Attributes:
@@ -57,9 +58,11 @@ class ActionDistribution:
         noise: what `with_noise` turns into a draw: ``"gumbel"`` or ``"normal"``, standard ones; None: it cannot.
 
     Examples:
-        >>> laplace = ActionDistribution(1, ["loc"], torch.distributions.Laplace, {"scale": 0.1})
-        >>> laplace.mode(torch.ones(1))
-        tensor([1.])
+        >>> class Laplaces(torch.distributions.Independent):
+        ...     def __init__(self, loc, scale):
+        ...         super().__init__(torch.distributions.Laplace(loc, scale), 1)
+        >>> ActionDistribution(2, ["loc"], Laplaces, {"scale": 0.1}).mode(torch.ones(2))
+        tensor([1., 1.])
     """
 
     part: type[Part] | None = None
@@ -507,12 +510,15 @@ def register_distribution(distribution_class: type[Distribution], make: Callable
         ValueError: another class of that name is registered.
 
     Examples:
+        >>> class Counts(torch.distributions.Independent):
+        ...     def __init__(self, rate):
+        ...         super().__init__(torch.distributions.Poisson(rate), 1)
         >>> class PoissonActions(ActionDistribution):
         ...     def __init__(self):
-        ...         super().__init__(1, ["rate"], torch.distributions.Poisson)
+        ...         super().__init__(1, ["rate"], Counts)
         ...     def act(self, rate):
         ...         return torch.poisson(rate)
-        >>> register_distribution(torch.distributions.Poisson, PoissonActions)
+        >>> register_distribution(Counts, PoissonActions)
     """
     require_own_name(distribution_class, _KNOWN)
     _KNOWN[distribution_class] = make

@@ -66,6 +66,11 @@ class TaskBelief(nn.Module):
 
     def forward(self, features: Tensor, task: Tensor) -> dict[str, Tensor]:
         """Loss and error, from features ``[N, T, features_size]`` and tasks ``[N, T, ...]``."""
+        if features.shape[-1] != self.layer.in_features:
+            raise ValueError(
+                f"features_size={self.layer.in_features}, and the actor's features are {features.shape[-1]} numbers: give its "
+                "hidden_size."
+            )
         told = self.layer(features)
         if self.target is None and not isinstance(task, Tensor):
             raise TypeError(

@@ -68,10 +68,15 @@ class KernelTerm(nn.Module, ABC):
         """Loss and diagnostics, the loss with its gradient as autograd takes it."""
         with torch.no_grad():
             values, slopes = self.with_gradients(*entries)
-        values = {name: value.to(entries[0]) if isinstance(value, Tensor) else value for name, value in values.items()}
+        device, dtype = (
+            entries[0].device,
+            torch.promote_types(entries[0].dtype, torch.float32),
+        )  # halves would round them
+        values = {name: v.to(device, dtype) if isinstance(v, Tensor) else v for name, v in values.items()}
         numbers = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         if numbers:  # on a device there are none; one alone would cost as much as all of them
-            values |= zip(numbers, entries[0].new_tensor(list(numbers.values())).unbind(), strict=True)
+            made = torch.tensor(list(numbers.values()), device=device, dtype=dtype)
+            values |= zip(numbers, made.unbind(), strict=True)
         name = next(name for name in values if name.startswith("loss_"))
         values[name] = _WithGradients.apply(values[name], slopes, self, *entries)
         return values
@@ -122,7 +127,8 @@ class ClippedObjective(KernelTerm):
         shapes = [tuple(entry.shape) for entry in (log_prob, old_log_prob, advantage.squeeze(-1))]
         if log_prob.ndim != 2 or len(set(shapes)) > 1:
             raise ValueError(
-                f"log-probabilities, old ones and advantages must be of one shape [N, T], of several actions summed, not {shapes}."
+                f"log-probabilities, old ones and advantages must be of one shape [N, T], not {shapes}: those of an "
+                "action's dimensions add up, torch.distributions.Independent(..., 1)."
             )
 
     def by_torch(self, log_prob, old_log_prob, advantage):

@@ -46,7 +46,8 @@ class Turns:
             raise RuntimeError(
                 f"the collector's env has been reset or stepped since the collector last was at work, {others} times, most likely "
                 "by an evaluation on the same env: its trials stand elsewhere than the collector's, and a batch would mix them. "
-                "Evaluate on an env of its own, made as the collector's is; or let collector.reset() begin new trials."
+                "Make a new collector, and evaluate on an env of its own, made as the collector's is; or begin new trials by "
+                "collector.reset() after each evaluation."
             )
         try:
             yield

@@ -72,7 +72,9 @@ class TrialWorkers(BaseCollector):
         before_play: what a worker calls with its env before it plays a batch, such as to change one of the env's settings; it is
             pickled. None, as at first: nothing.
 
-    A resumed training begins new trials, by seeds that no worker has had; all else goes on exactly.
+    A resumed training begins new trials, by seeds that no worker has had, and what transforms (`VecNormV2`), task distributions and
+    envs have counted in the workers begins anew: let networks normalize, and `before_play` make tasks harder. All else goes on
+    exactly.
 
     Raises:
         ValueError: ``workers`` is below 1 or does not divide ``frames_per_batch``, or there is no such ``backend``.
