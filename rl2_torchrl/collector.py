@@ -31,7 +31,9 @@ __all__ = ["TrialCollector"]
 #: Options of `Collector` that its own loop alone serves.
 _OF_COLLECTOR = ("reset_at_each_iter", "init_random_frames", "replay_buffer", "compile_policy", "cudagraph_policy")
 _OF_COLLECTOR += ("interruptor", "track_traj_ids", "split_trajs", "trajs_per_batch", "set_truncated", "compact_obs")
-_ELSEWHERE = "the collector's envs are in other processes"
+_ELSEWHERE = (
+    "the collector's envs are in other processes, in which what transforms and tasks have counted begins anew too"
+)
 
 
 class TrialCollector(Collector):

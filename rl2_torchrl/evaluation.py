@@ -166,7 +166,8 @@ def adaptation_curve(
             (``layout().split(trans)`` of `PreviousStep`).
         on_step: called with the named tensors of every step, its results under ``("next", ...)``, to record what returns do not
             tell, such as a curve within a trial that is one episode: copies, which may be kept. It sees all rows: one that has
-            played its last trial that counts begins another (``"is_init"``, ``"task"``) as long as others play theirs.
+            played its last trial that counts begins another (``"is_init"``, ``"task"``) as long as others play theirs. Where a
+            trial's length is not known ahead, steps are then played one by one, which takes two to four times as long.
         measures: entries of the env ``[*B, 1]`` to report of each episode beside its return, and what is taken of its steps:
             their ``"max"`` (as for a success at any of the steps), ``"sum"``, ``"mean"``, or the ``"last"``. For example
             ``{("info", "success"): "max"}``; ``curve.measures["success"].per_episode`` then is the share of successes. They tell

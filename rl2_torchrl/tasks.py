@@ -98,6 +98,13 @@ class TaskSampler(Transform):
         """
         return cls(_InOrder(tasks), seed=0, task_key=task_key)
 
+    def __repr__(self) -> str:
+        if isinstance(self.distribution, _InOrder):
+            return f"{type(self).__name__}.fixed({len(self.distribution.tasks)} tasks)"
+        owner = owner_of(self.distribution)
+        name = getattr(owner, "__qualname__", type(owner).__name__)
+        return f"{type(self).__name__}({name}, seed={self.given_seed})"
+
     def rewind(self) -> None:
         """Hands out `fixed` tasks from the first one on; of drawn tasks there is no first one."""
         if isinstance(self.distribution, _InOrder):

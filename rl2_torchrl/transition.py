@@ -90,6 +90,9 @@ class PreviousStep(Transform):
         self._read_layout: Layout | None = None
         self._said: str | None = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(obs_keys={self.obs_keys}, out_key={self.out_keys[0]!r})"
+
     @property
     def out_key(self) -> NestedKey:
         """The entry that is written."""

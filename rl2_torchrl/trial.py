@@ -108,6 +108,10 @@ class Trial(Transform):
         self.truncate = truncate
         self.step_keys = as_list("step_keys", step_keys)
 
+    def __repr__(self) -> str:
+        own = {name: getattr(self, name) for name in ("episodes", "steps", "truncate", "step_keys")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in own.items() if value)})"
+
     # ---------------------------------------------------------------- step
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self._require_counters(tensordict)

@@ -582,8 +582,8 @@ CASES = [
     row(
         "belief of other features",
         lambda: update(collect(), terms=[TaskBelief(32, 3)]),
-        RuntimeError,
-        "and 32x3",
+        ValueError,
+        "features_size=32, and the actor's features are 4 numbers",
     ),
     row(
         "term without names",

@@ -83,6 +83,14 @@ def first_of_trials(env, trials, pulls=2):
 # ---- Seeds.
 
 
+def test_what_stands_around_an_env_says_how():
+    sampler = TaskSampler(uniform_means(3), seed=4)
+    assert repr(sampler) == "TaskSampler(_uniform, seed=4)"
+    assert repr(TaskSampler.fixed(torch.rand(2, 3))) == "TaskSampler.fixed(2 tasks)"
+    assert repr(Trial(episodes=3, steps=20, truncate=True)) == "Trial(episodes=3, steps=20, truncate=True)"
+    assert repr(PreviousStep(["step"])) == "PreviousStep(obs_keys=['step'], out_key='trans')"
+
+
 def test_same_seed_same_tasks_and_other_seeds_others():
     tasks = [first_of_trials(bandits(uniform(seed)), 4) for seed in (7, 7, 8, None, None)]
     assert torch.equal(tasks[0], tasks[1])

@@ -224,7 +224,8 @@ def _images(env: EnvBase, known: set[NestedKey], by_head: Sequence[NestedKey]) -
         if len(shape := shapes[key]) != 3:
             raise ValueError(
                 f"the env shows {key!r} {tuple(shape)}, which is neither in the transition input nor an image, and has no encoder: "
-                "let the env flatten it (FlattenObservation of gymnasium.wrappers, or TorchRL's), which puts it there, normalised "
+                "give a grey image its channel (GrayscaleObservation(keep_dim=True) of gymnasium.wrappers); or let the env flatten "
+                "it (FlattenObservation of gymnasium.wrappers, or TorchRL's), which puts it there, normalised "
                 f"with it where normalize=True says so; or give it an encoder, which reads it as it is, encoder={{{key!r}: "
                 f"MLPEncoder}}, or encoder={{{key!r}: None}} for a network that shall not see it."
             )
