@@ -233,12 +233,17 @@ def adaptation_curve(
             "the ablation changed nothing that the policy reads, in no step of any trial: the curve is that of the agent as it is. "
             "Memory that is zeroed where episodes begin needs trials of several, rewards that are shuffled some that differ."
         )
-    trial = next((each for each in transforms_of(env) if isinstance(each, Trial)), None)  # none where workers have it
+    trial = _trial_of(env)
     episodes = None if trial is None else trial.episodes
     at_least = 0 if episodes is None else min(episodes, trial.steps or episodes)
     made = partial(AdaptationCurve, finished=trials.finished, episodes=episodes)
     measured = {key[-1]: made(table.table(at_least)) for key, table in tables.items()}
     return made(returns.table(at_least), measured, made(returns.counts(at_least)))
+
+
+def _trial_of(env: EnvBase) -> Trial | None:
+    """The outermost around ``env``; None where its workers have theirs."""
+    return next((each for each in reversed(transforms_of(env)) if isinstance(each, Trial)), None)
 
 
 def _rewind(env: EnvBase) -> None:
@@ -273,8 +278,7 @@ def _steps_at_once(env: EnvBase, on_step: Callable[[State], None] | None) -> int
 
     Else a batch may go beyond the last trial's end: one step, where that would be shown to somebody, or may cost much.
     """
-    found = trial_and_base(env)
-    trial = next((each for each in transforms_of(env) if isinstance(each, Trial)), None)
+    found, trial = trial_and_base(env), _trial_of(env)
     # Beside others' transforms, too, which may end a trial before.
     if trial is not None and trial.episodes is None and (found or on_step is None):
         return _share_of(trial.steps, env)
