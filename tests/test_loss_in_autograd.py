@@ -216,6 +216,9 @@ def test_weights_may_get_another_dtype(dtype):
     found = []
     for each in (loss.to(dtype), copy.deepcopy(loss)):  # what a copy is made of, it looks for itself
         out = each(data)
+        assert {value.dtype for value in out.values()} == {
+            torch.float32
+        }  # halves would round means, as ClipPPOLoss's do not
         each.zero_grad()
         out["loss_objective"].backward()
         found.append(grads(each))
