@@ -153,7 +153,7 @@ class PPOUpdate:
         self._given_trained = self._trained()
         self.given_coefficients = {name: float(b) for name, b in loss.named_buffers(recurse=False) if b.numel() == 1}
         largest_lr = max(float(given["lr"]) for given in self.given_options)
-        _require_factors("lr_schedule", lr_schedule, "lr", largest_lr)
+        _require_factors("lr_schedule", lr_schedule, "lr" if optimizer is None else "the optimizer's lr", largest_lr)
         entropy_coeff = self.given_coefficients.get("entropy_coeff", 0.0)
         _require_factors("entropy_schedule", entropy_schedule, "entropy_coeff", entropy_coeff)
         self._learners = Learners(process_group)
@@ -491,8 +491,7 @@ def _require_factors(name: str, schedule: Schedule | None, scheduled: str, initi
     if 0 < largest <= _SMALL and initial <= _SMALL:
         raise ValueError(
             f"{name} is a factor on {scheduled}={initial:.3g} and gives at most {largest:.3g}, so that {scheduled} would never "
-            f"be above {initial * largest:.3g}: give factors, such as linear_decay, or for values {scheduled}=1.0 (of an optimizer "
-            "that you give, its own)."
+            f"be above {initial * largest:.3g}: give factors, such as linear_decay, or for values {scheduled}=1.0."
         )
 
 

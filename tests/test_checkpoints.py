@@ -731,7 +731,7 @@ def test_an_evaluation_on_the_env_of_torchrls_collector_is_an_error():
         return {"trial_return": adaptation_curve(run.collector.env, run.policy.actor, ROWS).mean}
 
     with pytest.raises(
-        RuntimeError, match="env has been reset or stepped since.*Evaluate on an env of its own"
+        RuntimeError, match="env has been reset or stepped since.*evaluate on an env of its own"
     ) as error:
         run.train(evaluate=evaluate)
     assert "in the rollout of update 1," in error.value.__notes__[0]

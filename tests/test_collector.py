@@ -237,7 +237,7 @@ def test_an_env_that_another_has_moved_is_an_error(move, make, rollout):
     collector = TrialCollector(env, policy, **options)
     MOVES[move](env, policy)
     for _ in range(2):  # before the first batch, and between batches
-        with pytest.raises(RuntimeError, match=r"env has been reset or stepped since.*Evaluate on an env of its own"):
+        with pytest.raises(RuntimeError, match=r"env has been reset or stepped since.*evaluate on an env of its own"):
             collector.rollout()
         collector.reset()
         collector.rollout()

@@ -461,7 +461,7 @@ def test_an_evaluation_on_the_collectors_env_is_an_error_before_the_next_update(
     after_update = type("Mine", (Callback,), {"after_update": on_the_same_env})()
     options = {"evaluate": on_the_same_env} if what == "evaluate" else {"callbacks": [after_update]}
     with pytest.raises(
-        RuntimeError, match=r"env has been reset or stepped since.*Evaluate on an env of its own"
+        RuntimeError, match=r"env has been reset or stepped since.*evaluate on an env of its own"
     ) as error:
         run.train(checkpoints=folder, **options)
     assert error.value.__notes__ == [f"in the rollout of update 1, after {BATCH} env steps"]

@@ -141,6 +141,9 @@ def test_schedules_that_give_the_values_themselves_are_refused(name, scheduled):
 
     with pytest.raises(ValueError, match=rf"{name} is a factor on {scheduled}=0.01 .* never be above 0.0001.*=1.0\."):
         update_by(lambda progress: 0.01 * (1 - progress))
+    loss = make_loss()
+    with pytest.raises(ValueError, match=r"or for values the optimizer's lr=1.0\."):
+        PPOUpdate(loss, optimizer=torch.optim.SGD(loss.parameters(), lr=1e-3), lr_schedule=lambda progress: 1e-3)
     update_by(lambda progress: 0.01 * (1 - progress), 1.0)
     # Factors that begin, go on or stay next to 0; NumPy's and PyTorch's.
     for schedule in (lambda p: min(1.0, 30 * p), lambda p: min(50 * p, 0.01 ** (10 * p)), lambda p: 0.0):
